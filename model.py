@@ -348,7 +348,7 @@ def compute_loss(net, x0, tokens, loss_mask, cond_mask, draws):
         target[sc] += strength * (v_hat.detach()[sc] - v(x_u, z_m[sc], t_m[sc]))
 
     l2 = (v_hat - target).square().mean(dim=-1) * mask[:m]                                              # (m, T)
-    ce = F.cross_entropy(logits.flatten(0, 1), tokens[m:].flatten(), reduction='none').view(n, -1) * mask[m:]
+    ce = F.cross_entropy(logits.flatten(0, 1), tokens[m:].flatten(), reduction='none').view_as(tokens[m:]) * mask[m:]
     loss = (l2.sum() + ce.sum()) / mask.sum().clamp(min=1)          # one mean over the positions of all rows
     parts = {}
     if m:

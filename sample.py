@@ -1,0 +1,228 @@
+"""
+Write text: noise at t=0, a few dozen steps along the learned flow, tokens at t=1.
+
+    python sample.py                                    # the model in out/, with its task's settings
+    python sample.py --steps=64 --gamma=1.0 --trace=8   # watch the text come out of the noise
+    python sample.py --init_from=embedded-language-flows/ELF-B-owt-torch --num_samples=4
+"""
+import json
+import os
+
+import numpy as np
+import torch
+
+from configurator import UserError, configure
+from model import ELF
+
+# ---------------------------------------------------------------------------------------------------------------------
+out_dir = 'out'             # the model of this folder's ckpt.pt (EMA); samples.jsonl is written here
+init_from = ''              # instead: a published checkpoint, file, folder or hub id
+num_samples = 8
+batch_size = 16             # rows sampled at once; changes memory and speed, not the texts
+steps = -1                  # forward passes per text, -1 = the checkpoint's default, as below
+sampler = ''                # 'ode' or 'sde' (re-noises a little before each step), '' = the default
+gamma = -1.0                # of the SDE: how much is re-noised, 0 = none
+w = -1.0                    # self-conditioning guidance strength, trained on 0.5 to 5
+cfg = -1.0                  # classifier-free guidance on the condition, 1 = off
+grid = 'logit_normal'       # times: 'logit_normal' (random, as trained), 'quantile' (the same, deterministic), 'uniform'
+seed = 1337                 # text i depends on (seed, i) alone, not on batch_size
+trace = 0                   # print the first text at this many moments between noise and data
+device = 'auto'             # 'cuda', 'mps', 'cpu', 'auto' = the first of these that is there
+dtype = 'auto'              # 'float32' or 'bfloat16', 'auto' = bfloat16 where the hardware is fast at it
+compile = False             # torch.compile the network: a minute first, then faster
+# ---------------------------------------------------------------------------------------------------------------------
+
+def pick_device(device, dtype):
+    """Names or 'auto' -> torch.device, autocast context for it, and a sentence that says why. UserError if not there."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    kind = next(k for k, ok in there.items() if ok) if device == 'auto' else device.partition(':')[0]
+    if not there.get(kind):
+        raise UserError(f"device={device!r} is not available here; this machine has {', '.join(k for k, ok in there.items() if ok)}")
+    device = torch.device(kind if device == 'auto' else device)
+    if kind == 'cuda':
+        fast, name = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name(device)
+    else:
+        fast, name = kind == 'cpu' and torch.cpu._is_avx512_bf16_supported(), {'cpu': f'CPU, {torch.get_num_threads()} threads', 'mps': 'Apple GPU'}[kind]
+    if dtype not in ('auto', 'float32', 'bfloat16'):
+        raise UserError(f"dtype={dtype!r} is not one of 'auto', 'float32', 'bfloat16'")
+    bf16 = fast if dtype == 'auto' else dtype == 'bfloat16'
+    why = 'as asked' if dtype != 'auto' else 'fast here' if fast else 'no fast bfloat16 here'
+    torch.set_float32_matmul_precision('high' if bf16 else 'highest')
+    return device, torch.autocast(kind, torch.bfloat16, enabled=bf16), f"{device} ({name}), {'bfloat16 autocast' if bf16 else 'float32'} ({why})"
+
+
+def compile_in_place(module, device, static=False):
+    """module.compile() if this machine has a working compiler -> whether it does; says so aloud if not."""
+    try:
+        torch.compile(lambda x: (x + 1).sin())(torch.ones(8, device=device))
+    except Exception as e:
+        print(f"compile: OFF, torch.compile does not work here ({str(e).strip().splitlines()[0][:120]}); steps will take about twice as long")
+        return False
+    torch._dynamo.config.recompile_limit = 64       # a few row counts, with and without gradient: each its own graph
+    module.compile(dynamic=False if static else None)
+    return True
+
+
+def time_grid(steps, schedule, config, generator=None):
+    """
+    The times a sampler visits: 0, steps - 1 inner ones, 1 -> (steps+1,) float32 on the CPU. 'logit_normal' draws them as
+    training does [get_sampling_steps], 'quantile' takes the quantiles of that distribution, 'uniform' even spaces.
+    """
+    if steps < 1:
+        raise UserError(f"steps={steps}: at least 1 is needed")
+    if schedule == 'uniform':
+        return torch.linspace(0, 1, steps + 1)
+    if schedule == 'logit_normal':
+        normal = torch.randn(steps - 1, generator=generator).sort().values
+    elif schedule == 'quantile':
+        normal = torch.special.ndtri(torch.arange(1, steps, dtype=torch.float64) / steps).float()
+    else:
+        raise UserError(f"grid={schedule!r} is not one of 'logit_normal', 'quantile', 'uniform'")
+    inner = torch.sigmoid(config.t_mean + config.t_std * normal)
+    return torch.cat((torch.zeros(1), inner, torch.ones(1)))
+
+
+@torch.no_grad()
+def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=None, cond_mask=None, step_noise=None,
+             generators=None, watch=None):
+    """
+    Follow the flow from noise to data [utils/sampling_utils.py] -> final latent (B, T, C).
+    z (B, T, C) initial noise, already scaled; times (steps+1,) or (B, steps+1), rising from 0 to 1; w, cfg numbers.
+    cond (B, T, C), cond_mask (B, T): clean latents of the condition and where they stand.
+    SDE noise: step_noise (steps-1, B, T, C) unit normal, else drawn from generators (one a row, on z's device), else
+    from the global one. watch(i, t, z) is called with what each step starts from, and with the result.
+    """
+    if sampler not in ('ode', 'sde'):
+        raise UserError(f"sampler={sampler!r} is not 'ode' or 'sde'")
+    c, B = model.config, len(z)
+    times = times.to(z).expand(B, -1)                                                       # (B, steps+1)
+    steps = times.shape[1] - 1
+    col = lambda t: t[:, None, None]
+    keep = torch.zeros_like(z[..., :1], dtype=torch.bool) if cond_mask is None else cond_mask.bool()[..., None]
+    cond = torch.zeros_like(z) if cond is None else cond
+    strength = torch.full((B,), float(w), device=z.device)
+    v = lambda x, z, t: (x - z) / (1 - col(t)).clamp(min=c.t_eps)
+    z, x_prev = torch.where(keep, cond, z), torch.where(keep, cond, 0.0)                    # no guess yet
+    for i in range(steps):
+        t, t_next = times[:, i], times[:, i + 1]                                            # (B,)
+        if watch:
+            watch(i, t, z)
+        if sampler == 'sde' and i < steps - 1:
+            # step back towards noise, to the time that matches; the last step is always ODE
+            if step_noise is not None:
+                noise = step_noise[i]
+            elif generators is not None:
+                noise = torch.stack([torch.randn(z.shape[1:], generator=g, device=z.device) for g in generators])
+            else:
+                noise = torch.randn_like(z)
+            a = (1 - gamma * (t_next - t)).clamp(0, 1)
+            z = torch.where(keep, cond, col(a) * z + (1 - col(a)) * c.noise_scale * noise)
+            t = a * t
+        if cfg == 1:
+            x = model.denoise(z, x_prev, t, strength)                                       # (B, T, C)
+            velocity = v(x, z, t)
+        else:
+            # rows with the condition and rows without, as one batch
+            both = torch.cat((z, torch.where(keep, 0.0, z)))                                # (2B, T, C)
+            both_prev = torch.cat((x_prev, torch.where(keep, 0.0, x_prev)))
+            both_t = t.repeat(2)
+            x = model.denoise(both, both_prev, both_t, strength.repeat(2))
+            v_c, v_u = v(x, both, both_t).chunk(2)
+            x_c, x_u = x.chunk(2)
+            velocity, x = v_u + cfg * (v_c - v_u), x_u + cfg * (x_c - x_u)
+        x_prev = torch.where(keep, cond, x)
+        z = torch.where(keep, cond, z + col(t_next - t) * velocity)
+    if watch:
+        watch(steps, times[:, -1], z)
+    return z
+
+
+@torch.no_grad()
+def decode_ids(model, z, w):
+    """Most likely token at each position of a latent: (B, T, C) -> (B, T) int64; a few rows at a time, logits are large."""
+    return torch.cat([model.decode(part, torch.full((len(part),), float(w), device=z.device)).argmax(-1) for part in z.split(8)])
+
+
+def cut(ids, eos):
+    """A list of ids up to its first EOS, which goes too."""
+    return ids[:ids.index(eos)] if eos in ids else ids
+
+
+def row_seed(seed, i):
+    """The seed of sample i of a run: well mixed, so that neighbours share nothing."""
+    return int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def load_tokenizer(config):
+    """The tokenizer that a checkpoint was trained with. UserError if it is gone."""
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(config.tokenizer)
+    except (OSError, ValueError) as e:
+        raise UserError(f"tokenizer {config.tokenizer!r} of this checkpoint is no folder here and not on the hub: {str(e).splitlines()[0]}") from None
+
+
+def sample_texts(model, tokenizer, num_samples, batch_size, seed, device, steps, sampler, gamma, w, cfg, grid, trace=0,
+                 rank=0, world=1, progress=None):
+    """
+    Unconditional texts number rank, rank + world, ... below num_samples -> list of {'id', 'generated', 'ids'}; ids are
+    cut at the first EOS. Grid, first noise and SDE noise of text i come from (seed, i) alone. trace: print the first
+    text at that many moments. progress: called with each batch's row count.
+    """
+    c, texts, rows = model.config, [], list(range(rank, num_samples, world))
+    moments = {round(i) for i in np.linspace(0, steps, trace)} if trace else set()
+    text_of = lambda ids: tokenizer.decode(cut(ids, tokenizer.eos_token_id), skip_special_tokens=True)
+
+    def watch(i, t, z):
+        if i in moments:
+            print(f"  t={t[0]:.2f} | {printable(text_of(decode_ids(model, z[:1], w)[0].tolist()))[:160]}", flush=True)
+
+    for first in range(0, len(rows), batch_size):
+        part = rows[first:first + batch_size]
+        times = torch.stack([time_grid(steps, grid, c, torch.Generator().manual_seed(row_seed(seed, i))) for i in part])
+        generators = [torch.Generator(device).manual_seed(row_seed(seed, i)) for i in part]
+        z = c.noise_scale * torch.stack([torch.randn(c.max_length, c.latent_dim, generator=g, device=device) for g in generators])
+        z = generate(model, z, times, sampler, gamma, w, cfg, generators=generators, watch=watch if first == 0 and trace else None)
+        for i, ids in zip(part, decode_ids(model, z, w).tolist()):
+            texts.append(dict(id=i, generated=text_of(ids), ids=cut(ids, tokenizer.eos_token_id)))
+        if progress:
+            progress(len(part))
+    return texts
+
+
+def printable(text):
+    """For the terminal: a text without control characters that could move the cursor; one line."""
+    return ''.join(ch if ch.isprintable() else ' ' if ch.isspace() else f"\\x{ord(ch):02x}" for ch in text)
+
+
+def resolve_sampling(config, steps, sampler, gamma, w, cfg):
+    """Settings where given, else the checkpoint's own -> dict for sample_texts."""
+    return dict(steps=config.steps if steps == -1 else steps, sampler=sampler or config.sampler, gamma=config.gamma if gamma == -1 else gamma,
+                w=config.w if w == -1 else w, cfg=config.cfg if cfg == -1 else cfg)
+
+
+if __name__ == '__main__':
+    from tqdm import tqdm
+    configure(globals())
+    if num_samples < 1 or batch_size < 1 or seed < 0:
+        raise UserError(f"num_samples={num_samples}, batch_size={batch_size}, seed={seed}: the first two start at 1, the seed at 0")
+    device, ctx, decided = pick_device(device, dtype)
+    model = ELF.from_pretrained(init_from or out_dir).to(device)
+    if model.config.max_input_length:
+        raise UserError(f"{init_from or out_dir} is a model with conditions; this script samples without")
+    tokenizer = load_tokenizer(model.config)
+    how = resolve_sampling(model.config, steps, sampler, gamma, w, cfg)
+    print(f"device: {decided}\nsampling: {', '.join(f'{k}={v}' for k, v in how.items())}, grid={grid}, length {model.config.max_length}")
+    if compile:
+        compile_in_place(model, device)
+    with ctx, tqdm(total=num_samples, desc='texts', disable=None) as bar:
+        texts = sample_texts(model, tokenizer, num_samples, batch_size, seed, device, grid=grid, trace=trace, progress=bar.update, **how)
+    for text in texts:
+        print(f"--- {text['id']}\n{printable(text['generated'])}")
+    os.makedirs(out_dir, exist_ok=True)
+    file = os.path.join(out_dir, 'samples.jsonl')
+    with open(file + '.tmp', 'w', encoding='utf-8') as f:
+        for text in texts:
+            f.write(json.dumps(dict(id=text['id'], generated=text['generated']), ensure_ascii=False) + '\n')
+    os.replace(file + '.tmp', file)
+    print(f"{len(texts)} texts in {file}")
