@@ -34,7 +34,8 @@ def settings_of(script):
         source = f.read()
     lines, found = source.split('\n'), {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and not node.targets[0].id.startswith('_'):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and not node.targets[0].id.startswith('_') \
+                and not node.targets[0].id.isupper():       # capitals are constants
             try:
                 value = ast.literal_eval(node.value)
             except ValueError:
