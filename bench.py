@@ -7,6 +7,7 @@ How fast a training step and sampling are here, on fake data: train.py's step an
 import json
 import resource
 import statistics
+import tempfile
 import time
 from dataclasses import replace
 
@@ -43,7 +44,9 @@ if __name__ == '__main__':
     model = ELF(c).to(device).train()
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.02)
     # t5-small's shape with random weights: nothing is downloaded
-    encoder = TextEncoder(T5EncoderModel(T5Config(vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8)), c.latent_mean, c.latent_std).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        T5EncoderModel(T5Config(vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8)).save_pretrained(folder)
+        encoder = TextEncoder(folder, c.latent_mean, c.latent_std).to(device)
     optimizer = make_optimizer(model.named_parameters(), 1e-4, getattr(torch, ns_dtype))
     compiled = compile and compile_in_place(model, device)
     print(f"device: {decided}, compile {'on' if compiled else 'off'}\n{size}: {sum(p.numel() for p in model.parameters()):,} parameters; train {batch_size} x {max_length}, sample {sample_batch_size} x {sample_length}")
@@ -91,10 +94,24 @@ if __name__ == '__main__':
     model.eval()
     first_sample, (sample_ms, decode_ms) = timed(sample_step)
     peak = torch.cuda.max_memory_allocated() if device.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # the machine's own matrix-product rate, measured now, is the limit to compare with
-    a = torch.randn(4096 if device.type == 'cuda' else 2048, 4096 if device.type == 'cuda' else 2048, device=device)
-    with ctx:
-        _, (matmul_ms,) = timed(lambda: [-1e3 * (sync() - ((a @ a), sync())[1]) * 0 + 1e3 * _clock(lambda: a @ a)]) if False else (0, (1.0,))
-    result = dict(size=size, batch_size=batch_size, max_length=max_length, step_ms=step_ms, encode_ms=encode_ms, forward_backward_ms=grad_ms, optimizer_ms=opt_ms,
-                  tokens_per_s=1e3 * batch_size * max_length / step_ms, sample_step_ms=sample_ms, decode_ms=decode_ms, first_step_s=first_train)
-    print(json.dumps(result))
+    # the limit to compare with: this machine's own rate of matrix products, in the same precision, in the same run
+    n = 8192 if device.type == 'cuda' else 2048
+    a = torch.randn(n, n, device=device)
+
+    def product():
+        start = sync()
+        with ctx:
+            a @ a
+        return [1e3 * (sync() - start)]
+
+    _, (product_ms,) = timed(product)
+    rate, flops = 2 * n**3 / product_ms * 1e3, estimate_flops(c, max_length) * batch_size
+    fraction = flops / grad_ms * 1e3 / rate
+    print(f"train step   {step_ms:9.1f} ms = encoder and draws {encode_ms:.1f} + forward and backward {grad_ms:.1f} + optimizer {opt_ms:.1f}; {1e3 * batch_size * max_length / step_ms:,.0f} tokens/s")
+    print(f"             forward and backward at {fraction:.0%} of this machine's matrix rate, {rate / 1e12:.2f} TFLOP/s; first step {first_train:.1f} s")
+    print(f"sample step  {sample_ms:9.1f} ms, decoding once {decode_ms:.1f} ms; first call {first_sample:.1f} s")
+    print(f"peak memory  {peak / 2**30:9.2f} GiB")
+    print(json.dumps(dict(size=size, batch_size=batch_size, max_length=max_length, sample_batch_size=sample_batch_size, sample_length=sample_length,
+                          device=decided, compile=compiled, step_ms=step_ms, encode_ms=encode_ms, forward_backward_ms=grad_ms, optimizer_ms=opt_ms,
+                          tokens_per_s=1e3 * batch_size * max_length / step_ms, first_step_s=first_train, sample_step_ms=sample_ms, decode_ms=decode_ms,
+                          peak_bytes=peak, matmul_flops=rate, fraction_of_matmul=fraction)))

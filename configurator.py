@@ -12,7 +12,7 @@ import difflib
 import os
 import runpy
 import sys
-from types import FunctionType, ModuleType
+from types import ModuleType
 
 
 class UserError(ValueError):
@@ -48,10 +48,10 @@ def settings_of(script):
 def convert(name, value, default, where):
     """value, text from the command line or an object from a file, as the type of default."""
     kind, shown = type(default), value
-    if isinstance(value, str) and kind is not str:
+    if where.startswith('--') and kind is not str:          # text; a file has objects
         try:
             value = {'true': True, 'false': False}[value.lower()] if kind is bool else ast.literal_eval(value)
-        except (KeyError, ValueError, SyntaxError):
+        except Exception:       # literal_eval can raise nearly anything
             pass
     if kind is float and type(value) is int:
         value = float(value)
@@ -98,7 +98,7 @@ def configure(g, argv=None):
             except Exception as e:
                 raise UserError(f"{arg}: the config file does not run: {type(e).__name__}: {e}") from None
             for name, value in names.items():
-                if not name.startswith('_') and not isinstance(value, (ModuleType, FunctionType, type)):
+                if name in defaults or not (name.startswith('_') or callable(value) or isinstance(value, ModuleType)):
                     override(name, value, arg)
     changed = {name: g[name] for name in defaults if g[name] != defaults[name]}
     if changed and os.environ.get('RANK', '0') == '0':

@@ -235,16 +235,16 @@ class ELF(nn.Module):
         """
         path = find_checkpoint(source)
         ckpt = load_checkpoint(path)
-        state = next((ckpt[k] for k in ('ema', 'ema_params1', 'params') if k in ckpt), ckpt)
-        state = {re.sub(r'^(_orig_mod\.|module\.)+', '', k): v for k, v in state.items()}
+        state = next((ckpt[k] for k in ('ema', 'ema_params1', 'params') if isinstance(ckpt.get(k), dict)), ckpt)
+        state = {re.sub(r'^(_orig_mod\.|module\.)+', '', str(k)): v for k, v in state.items() if isinstance(v, torch.Tensor)}
         for ours, official in KERNELS.items():
             if official in state:
                 state[ours] = state.pop(official)
                 state[ours] = state[ours].T if state[ours].ndim == 2 else state[ours]
         try:
-            D = state['t_emb_tokens'].shape[-1]
+            D, width = state['t_emb_tokens'].shape[-1], state['blocks.0.attn.q_norm.weight'].numel()
             sizes = dict(n_embd=D, n_layer=1 + max(int(k.split('.')[1]) for k in state if k.startswith('blocks.')),
-                         n_head=D // state['blocks.0.attn.q_norm.weight'].numel(), vocab_size=len(state['unembed.bias']),
+                         n_head=1 if D % width else D // width, vocab_size=len(state['unembed.bias']),
                          latent_dim=len(state['self_cond_proj.bias']), bottleneck=len(state['text_proj.proj1.weight']),
                          n_time=state['t_emb_tokens'].shape[1], n_scale=state['self_cond_cfg_tokens'].shape[1],
                          n_mode=state['mode_tokens'].shape[1])
@@ -472,19 +472,22 @@ def load_checkpoint(path):
 
 def read_config_yml(path, sizes):
     """Settings in the official config.yml beside a checkpoint -> dict for ELFConfig; the published ones when there is none."""
-    preset = next((k for k, p in MODELS.items() if (p.n_layer, p.n_embd) == (sizes['n_layer'], sizes['n_embd'])), 'ELF-B')
-    settings = {k: getattr(MODELS[preset], k) for k in ('steps', 'gamma')}
+    preset = next((k for k, p in MODELS.items() if (p.n_layer, p.n_embd) == (sizes['n_layer'], sizes['n_embd'])), None)
+    settings = {k: getattr(MODELS[preset or 'ELF-B'], k) for k in ('steps', 'gamma')}
     file = os.path.join(os.path.dirname(path), 'config.yml')
     if not os.path.exists(file):
         print(f"no config.yml beside {path}: taking the published OpenWebText settings")
         return settings
     import yaml
-    with open(file) as f:
-        official = yaml.safe_load(f) or {}
+    types = {f.name: f.type for f in fields(ELFConfig)}
+    try:
+        with open(file) as f:
+            official = yaml.safe_load(f) or {}
+        settings |= {ours: types[ours](official[k]) for k, ours in OFFICIAL.items() if official.get(k) is not None}
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{file} is not readable as the official settings: {' '.join(str(e).split())}") from None
     if official.get('model', preset) != preset:
         print(f"{file} says {official['model']}, the weights have n_layer={sizes['n_layer']}, n_embd={sizes['n_embd']}; going by the weights")
-    types = {f.name: f.type for f in fields(ELFConfig)}
-    settings |= {ours: types[ours](official[k]) for k, ours in OFFICIAL.items() if official.get(k) is not None}
     settings['tokenizer'] = settings.get('encoder', ELFConfig.tokenizer)
     if settings.get('max_input_length'):       # De-En and XSum: the published sampling settings of the conditional tasks
         settings |= dict(sampler='ode', steps=64, gamma=0.0, w=1.0, cfg=2.0)

@@ -475,8 +475,9 @@ if __name__ == '__main__':
     clock, timed = time.perf_counter(), 0       # both restart after whatever is not training
     while True:
         last = iter_num >= max_iters
+        fresh = iter_num > first_iter or init_from != 'resume'     # else validated, saved and sampled before the interruption
         pause = time.perf_counter()
-        if iter_num % eval_interval == 0 or last:
+        if fresh and (iter_num % eval_interval == 0 or last):
             with ctx:
                 val = estimate_loss(raw_model, text_encoder, meta, eval_iters, batch_size, device, rank, world)
             edges = t_edges(c)
@@ -485,7 +486,7 @@ if __name__ == '__main__':
             log(iter=iter_num, **{'val_' + k: v for k, v in val.items()})
         if (iter_num % save_interval == 0 or last) and iter_num > first_iter:
             checkpoint()
-        if sample_interval and not max_input_length and (iter_num % sample_interval == 0 or last) and iter_num > 0:
+        if fresh and sample_interval and not max_input_length and (iter_num % sample_interval == 0 or last) and iter_num > 0:
             with ctx:
                 texts = sample_texts(ema, tok, max(4, world), 4, seed, device, grid='logit_normal', rank=rank, world=world, **resolve_sampling(c, -1, '', -1, -1, -1))
             if world > 1:

@@ -1,0 +1,179 @@
+"""
+configurator.py: every rule of config files and --name=value, as a user's command line would meet them.
+
+    python -m pytest tests/test_configurator.py
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from configurator import UserError, configure
+
+SCRIPT = '''"""A script with settings."""
+import math
+import sys
+sys.path.insert(0, {root!r})
+from configurator import UserError, configure
+
+batch_size = 64             # rows per step
+learning_rate = 6e-4        # peak, 0 = off
+offset = -1                 # negative
+compile = False             # faster # or not
+out_dir = 'out'             # where it goes
+start = ''
+_hidden = 1
+sizes = [1, 2]
+
+def helper():
+    local = 3
+
+if __name__ == '__main__':
+    settings = configure(globals())
+    print('RESULT', batch_size, repr(settings))
+    if out_dir == 'fail':
+        raise UserError("one reason")
+    if out_dir == 'bug':
+        raise KeyError("a bug")
+'''
+DEFAULTS = dict(batch_size=64, learning_rate=6e-4, offset=-1, compile=False, out_dir='out', start='')
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """configure() for SCRIPT with these arguments, in a folder with config/c.py -> (settings, globals of the script)."""
+    (tmp_path / 'script.py').write_text(SCRIPT.format(root=str(ROOT)))
+    (tmp_path / 'config').mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)      # configure() replaces it; put back afterwards
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+
+    def run(*args, config=''):
+        (tmp_path / 'config/c.py').write_text(config)
+        g = {'__file__': str(tmp_path / 'script.py'), '__name__': 'script'}
+        exec(SCRIPT.format(root=str(ROOT)), g)
+        return configure(g, list(args)), g
+    return run
+
+
+@pytest.mark.parametrize('args, config, changed', [
+    ([], '', {}),
+    (['--batch_size=32'], '', dict(batch_size=32)),
+    (['--batch_size=1_000', '--offset=-5'], '', dict(batch_size=1000, offset=-5)),
+    (['--learning_rate=1'], '', dict(learning_rate=1.0)),                       # int to float
+    (['--learning_rate=5e-5'], '', dict(learning_rate=5e-5)),                   # a number, not text
+    (['--learning_rate=-.5'], '', dict(learning_rate=-0.5)),
+    (['--compile=true'], '', dict(compile=True)),
+    (['--compile=True'], '', dict(compile=True)),
+    (['--compile=true', '--compile=false'], '', {}),
+    (['--out_dir=a=b==c'], '', dict(out_dir='a=b==c')),                         # values with =
+    (['--start=42'], '', dict(start='42')),                                     # text stays text
+    (['--start=true', '--out_dir='], '', dict(start='true', out_dir='')),
+    (['--start=--x "y" # é\n'], '', dict(start='--x "y" # é\n')),
+    (['--batch_size=1', '--batch_size=2'], '', dict(batch_size=2)),             # left to right
+    (['config/c.py', '--batch_size=2'], 'batch_size = 1', dict(batch_size=2)),
+    (['--batch_size=2', 'config/c.py'], 'batch_size = 1', dict(batch_size=1)),
+    (['config/c.py'], 'learning_rate = 1', dict(learning_rate=1.0)),            # int to float from a file
+    (['config/c.py'], 'compile = True\nout_dir = "x"', dict(compile=True, out_dir='x')),
+    (['config/c.py'], 'import os\n_n = 8\ndef f(x): return x * 2\nbatch_size = f(_n)', dict(batch_size=16)),
+    (['config/c.py'], 'from math import sqrt\nbatch_size = int(sqrt(64))', dict(batch_size=8)),
+])
+def test_accepted(script, capsys, args, config, changed):
+    settings, g = script(*args, config=config)
+    assert settings == DEFAULTS | changed and list(settings) == list(DEFAULTS)
+    for name, value in settings.items():
+        assert g[name] == value and type(value) is type(DEFAULTS[name])
+    out = capsys.readouterr().out       # says what differs from the defaults, and nothing else
+    assert all((f"{name}=" in out) == (name in changed) for name in DEFAULTS)
+
+
+@pytest.mark.parametrize('args, config, says', [
+    (['--batchsize=32'], '', ["--batchsize=32", "unknown setting 'batchsize'", 'did you mean batch_size?']),
+    (['config/c.py'], 'learning_rat = 1.0', ['config/c.py', "'learning_rat'", 'did you mean learning_rate?']),
+    (['--zzz=1'], '', ["'zzz'", '--help']),
+    (['--batch_size=big'], '', ["'big'", 'whole number', 'default: 64']),
+    (['--batch_size=1.5'], '', ["1.5", 'whole number', 'default: 64']),
+    (['--batch_size=true'], '', ["'true'", 'default: 64']),
+    (['--batch_size='], '', ['whole number', 'default: 64']),
+    (['--batch_size={[]:1}'], '', ['whole number']),
+    (['--learning_rate=fast'], '', ["'fast'", 'a number', 'default: 0.0006']),
+    (['--compile=ture'], '', ["'ture'", 'true or false', 'default: False']),
+    (['--compile=1'], '', ["'1'", 'true or false']),
+    (['config/c.py'], 'batch_size = 1.5', ['config/c.py', 'batch_size=1.5', 'default: 64']),
+    (['config/c.py'], 'batch_size = True', ['batch_size=True', 'whole number']),
+    (['config/c.py'], 'batch_size = "32"', ["batch_size='32'", 'whole number']),
+    (['config/c.py'], 'compile = 1', ['compile=1', 'true or false']),
+    (['config/c.py'], 'out_dir = 3', ['out_dir=3', 'text', "default: 'out'"]),
+    (['config/c.py'], 'batch_size = None', ['batch_size=None', 'default: 64']),
+    (['config/c.py'], 'def compile(): pass', ['compile', 'true or false']),             # not ignored as a helper
+    (['--__name__=x'], '', ["unknown setting '__name__'"]),
+    (['--__file__=x'], '', ["unknown setting '__file__'"]),
+    (['--_hidden=2'], '', ["unknown setting '_hidden'"]),
+    (['--math=1'], '', ["unknown setting 'math'"]),                             # an import, not a setting
+    (['--configure=1'], '', ["unknown setting 'configure'"]),
+    (['--helper=1'], '', ["unknown setting 'helper'"]),
+    (['--local=1'], '', ["unknown setting 'local'"]),
+    (['--sizes=[3]'], '', ["unknown setting 'sizes'"]),
+    (['--settings=1'], '', ["unknown setting 'settings'"]),                     # assigned under the main guard only
+    (['config/none.py'], '', ['config/none.py', 'no such config file']),
+    (['batch_size=32'], '', ['batch_size=32', 'no such config file', '--name=value']),
+    (['--batch_size', '32'], '', ['--batch_size', '--batch_size=1']),
+    (['--'], '', ['--name=value']),
+    (['config/c.py'], 'batch_size = 1 / 0', ['config/c.py', 'does not run', 'ZeroDivisionError']),
+    (['config/c.py'], 'batch_size = = 1', ['config/c.py', 'does not run', 'SyntaxError']),
+    (['config/c.py'], 'import no_such_module', ['does not run', 'ModuleNotFoundError']),
+])
+def test_refused(script, args, config, says):
+    with pytest.raises(UserError) as e:
+        script(*args, config=config)
+    assert all(s in str(e.value) for s in says) and '\n' not in str(e.value), str(e.value)
+
+
+def command(tmp_path, *args, cwd=None, **env):
+    (tmp_path / 'script.py').write_text(SCRIPT.format(root=str(ROOT)))
+    (tmp_path / 'config').mkdir(exist_ok=True)
+    (tmp_path / 'config/c.py').write_text('batch_size = 7')
+    return subprocess.run([sys.executable, str(tmp_path / 'script.py'), *args], cwd=cwd or tmp_path, capture_output=True, text=True, env=os.environ | env)
+
+
+def test_any_working_directory(tmp_path):
+    elsewhere = tmp_path / 'else'
+    (elsewhere / 'mine').mkdir(parents=True)
+    (elsewhere / 'mine/d.py').write_text('batch_size = 9')
+    for cwd, config, size in ((tmp_path, 'config/c.py', 7), (elsewhere, 'config/c.py', 7), (elsewhere, 'mine/d.py', 9),
+                              (elsewhere, '../config/c.py', 7), (elsewhere, str(tmp_path / 'config/c.py'), 7)):
+        assert f'RESULT {size} ' in command(tmp_path, config, cwd=cwd).stdout
+
+
+def test_help(tmp_path):
+    r = command(tmp_path, '--batch_size=3', '--help')
+    assert r.returncode == 0 and r.stderr == '' and 'A script with settings.' in r.stdout and 'RESULT' not in r.stdout
+    lines = {line.split('=')[0].strip(): line for line in r.stdout.splitlines() if line.startswith('  --')}
+    assert list(lines) == ['--' + name for name in DEFAULTS]
+    assert '64' in lines['--batch_size'] and lines['--batch_size'].endswith(' rows per step') and lines['--compile'].endswith(' faster # or not')
+
+
+@pytest.mark.parametrize('args, says', [(['--batchsize=3'], 'did you mean batch_size?'), (['--out_dir=fail'], 'one reason'), (['none.py'], 'no such config file')])
+def test_one_line_and_exit_code_1(tmp_path, args, says):
+    r = command(tmp_path, *args)
+    assert r.returncode == 1 and r.stderr.startswith('error: ') and says in r.stderr and len(r.stderr.splitlines()) == 1
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+    r = command(tmp_path, '--out_dir=bug')
+    assert r.returncode == 1 and 'Traceback' in r.stderr and 'KeyError' in r.stderr
+
+
+def test_only_rank_0_prints_the_changes(tmp_path):
+    assert 'settings: batch_size=3' in command(tmp_path, '--batch_size=3').stdout
+    assert 'settings:' not in command(tmp_path, '--batch_size=3', RANK='1').stdout
+    assert 'settings:' not in command(tmp_path).stdout
+
+
+def test_texts_that_the_terminal_lacks(tmp_path):
+    r = command(tmp_path, '--start=é', PYTHONIOENCODING='ascii')
+    assert r.returncode == 0 and 'RESULT' in r.stdout

@@ -1,0 +1,76 @@
+"""
+Samplers against the official ones, grids, oracles, and that text i depends on (seed, i) alone.
+    python -m pytest -q tests/test_sample.py
+"""
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from configurator import UserError
+from model import ELF, ELFConfig
+from sample import cut, decode_ids, generate, printable, row_seed, sample_texts, time_grid
+from test_model import official  # noqa: F401, a fixture: the model of golden/model.npz
+
+GOLDEN = os.path.join(ROOT, 'tests', 'golden')
+
+
+@pytest.mark.parametrize('case', ['uncond_ode', 'uncond_sde', 'cond_ode', 'cond_sde'])
+def test_samplers_equal_the_official_ones(case, official):
+    data = np.load(os.path.join(GOLDEN, 'sampler.npz'))
+    how = json.loads(str(data['config']))['cases'][case]
+    get = lambda name: torch.tensor(data[f'{case}/{name}'])
+    cond = (get('cond_seq'), get('cond_seq_mask')) if how['conditional'] else (None, None)
+    model = official
+    z = generate(model, get('z_init'), get('t_steps'), how['sampling_method'], how['sde_gamma'], how['self_cond_cfg_scale'], how['cfg_scale'], *cond, step_noise=get('eps'))
+    assert (z - get('z')).norm() <= 1e-4 * get('z').norm()
+    assert torch.equal(decode_ids(model, z, how['self_cond_cfg_scale']).int(), get('ids'))
+
+
+@pytest.mark.parametrize('sampler', ['ode', 'sde'])
+@pytest.mark.parametrize('grid', ['logit_normal', 'uniform', 'quantile'])
+def test_an_oracle_that_knows_the_data_arrives_there(sampler, grid):
+    c, x0 = ELFConfig(), torch.randn(3, 5, 4)
+    oracle = SimpleNamespace(config=c, denoise=lambda z, x_prev, t, w: x0)
+    z = generate(oracle, torch.randn(3, 5, 4) * 2, time_grid(16, grid, c), sampler, cfg=1.0)
+    # the last step's velocity is capped at 1/t_eps when 1 - t is smaller
+    last = 1 - time_grid(16, grid, c, torch.Generator().manual_seed(0))[-2]
+    assert (z - x0).abs().max() < (1e-4 if last > c.t_eps else 1.0)
+
+
+def test_grids():
+    c = ELFConfig()
+    for schedule in ('logit_normal', 'uniform', 'quantile'):
+        t = time_grid(32, schedule, c, torch.Generator().manual_seed(1))
+        assert t.shape == (33,) and t[0] == 0 and t[-1] == 1 and (t.diff() > 0).all() and t.dtype == torch.float32
+        assert time_grid(1, schedule, c).tolist() == [0, 1]
+    draws = time_grid(20001, 'logit_normal', c, torch.Generator().manual_seed(0))[1:-1]
+    assert torch.allclose(draws.logit().mean(), torch.tensor(-1.5), atol=0.02) and torch.allclose(draws.logit().std(), torch.tensor(0.8), atol=0.02)
+    assert time_grid(2, 'quantile', c)[1].logit().item() == pytest.approx(-1.5, abs=1e-5)
+    for bad in ((0, 'uniform'), (4, 'cosine')):
+        with pytest.raises(UserError):
+            time_grid(*bad, c)
+
+
+def test_text_i_depends_on_seed_and_i_alone():
+    torch.manual_seed(0)
+    model = ELF(ELFConfig(n_layer=1, n_embd=16, n_head=2, latent_dim=8, bottleneck=4, vocab_size=40, max_length=6)).eval()
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.3)
+    tokenizer = SimpleNamespace(eos_token_id=1, decode=lambda ids, **_: ' '.join(map(str, ids)))
+    how = dict(device=torch.device('cpu'), steps=6, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, grid='logit_normal')
+    whole = sample_texts(model, tokenizer, 5, 5, 3, **how)
+    torch.manual_seed(99)
+    single = sample_texts(model, tokenizer, 5, 1, 3, **how)
+    ranks = sorted(sum((sample_texts(model, tokenizer, 5, 2, 3, rank=r, world=2, **how) for r in (0, 1)), []), key=lambda x: x['id'])
+    assert whole == single == ranks and len({x['generated'] for x in whole}) > 1
+    assert [x['generated'] for x in sample_texts(model, tokenizer, 5, 5, 4, **how)] != [x['generated'] for x in whole]
+    assert len({row_seed(s, i) for s in range(30) for i in range(30)}) == 900
+
+
+def test_cut_and_printable():
+    assert cut([5, 1, 6], 1) == [5] and cut([5, 6], 1) == [5, 6] and cut([1], 1) == []
+    assert printable('a\x1b[2Jb\nc é') == 'a\\x1b[2Jb c é'

@@ -1,0 +1,208 @@
+"""
+The training loop: Muon against optax, resume bit for bit, ranks against accumulation, learning, and a user's mistakes.
+    python -m pytest -q tests/test_train.py
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import train
+from configurator import UserError
+from model import ELF, load_checkpoint
+
+GOLDEN = os.path.join(ROOT, 'tests', 'golden')
+
+
+def metrics(out_dir, drop=('ms', 'tokens_per_s')):
+    with open(os.path.join(out_dir, 'metrics.jsonl')) as f:
+        return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in f]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_muon_equals_optax():
+    data = np.load(os.path.join(GOLDEN, 'muon.npz'))
+    names = [k.split('/')[1] for k in data.files if k.startswith('params0/')]
+    ours = lambda key: torch.tensor(data[key]).T.contiguous() if data[key].ndim == 2 else torch.tensor(data[key])   # optax: (in, out)
+    params = {n: torch.nn.Parameter(ours(f'params0/{n}')) for n in names}
+    optimizer = train.make_optimizer(params.items(), 0.02)
+    for i in range(5):
+        before = {n: p.detach().clone() for n, p in params.items()}
+        for n, p in params.items():
+            p.grad = ours(f'grads{i}/{n}')
+        torch.nn.utils.clip_grad_norm_(list(params.values()), 1.0)
+        optimizer.step()
+        for n, p in params.items():
+            want = ours(f'params{i + 1}/{n}') - ours(f'params{i}/{n}')
+            assert (p.detach() - before[n] - want).norm() <= 1e-4 * want.norm(), (i, n)
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    x = torch.randn(3, 12, 40, generator=torch.Generator().manual_seed(0))
+    s = torch.linalg.svdvals(train.orthogonalize(x, torch.float32))
+    assert 0.6 < s.min() and s.max() < 1.3
+    close = train.orthogonalize(x, torch.bfloat16) - train.orthogonalize(x, torch.float32)
+    assert 0 < close.norm() < 0.05 * 36**0.5
+
+
+def test_learning_rate():
+    config = dict(warmup_iters=10, learning_rate=2.0, lr_schedule='cosine', max_iters=110, min_lr=0.5)
+    assert [train.lr_at(i, config) for i in (0, 5, 10, 60, 110, 200)] == pytest.approx([0, 1, 2, 1.25, 0.5, 0.5])
+    assert train.lr_at(99, config | dict(lr_schedule='constant')) == 2
+
+
+def test_rows_every_epoch_sees_each_row_once():
+    rows = np.concatenate([train.rows_at(10, 1, first, 4) for first in range(0, 40, 4)])
+    for epoch in rows.reshape(4, 10):
+        assert sorted(epoch) == list(range(10))
+    assert not np.array_equal(rows[:10], rows[10:20])
+    assert np.array_equal(train.rows_at(10, 1, 8, 25), rows[8:33])
+
+
+def test_get_rows_fills_cuts_and_marks(tmp_path):
+    (tmp_path / 'c').mkdir()
+    meta = dict(dir=str(tmp_path / 'c'), dtype='uint16', vocab_size=99, pad_id=0, eos_id=1)
+    np.array([10, 11, 12, 1, 20, 1, 30, 1, 40, 41, 42, 43, 44, 1], dtype=np.uint16).tofile(tmp_path / 'c' / 'train.bin')
+    np.save(tmp_path / 'c' / 'train.idx.npy', np.array([[0, 4], [6, 6], [8, 13]]))
+    ids, valid, cond = train.get_rows(meta, 'train', [2, 0, 1], 5, max_input_length=3)
+    assert ids.tolist() == [[40, 41, 42, 1, 0], [10, 11, 12, 20, 1], [30, 1, 0, 0, 0]]
+    assert valid.sum(1).tolist() == [4, 5, 2] and cond.sum(1).tolist() == [3, 3, 0]
+    assert train.get_rows(meta, 'train', [1], 5, 3, 'eos').__next__().tolist() == [[30, 1, 1, 1, 1]]
+
+
+def test_resume_is_bit_identical(run, tiny, tmp_path):
+    straight, parts = tmp_path / 'straight', tmp_path / 'parts'
+    more = ['--eval_interval=10', '--gradient_accumulation_steps=2']
+    run('train.py', *tiny, *more, f'--out_dir={straight}', '--max_iters=20')
+    run('train.py', *tiny, *more, f'--out_dir={parts}', '--max_iters=10')
+    out = run('train.py', *tiny, *more, f'--out_dir={parts}', '--max_iters=20', '--init_from=resume')
+    assert 'at iteration 10' in out
+    a, b = (load_checkpoint(str(p / 'ckpt.pt')) for p in (straight, parts))
+    assert same(a['model'], b['model']) and same(a['ema'], b['ema']) and a['rows_seen'] == b['rows_seen'] == 320
+    for p, q in zip(a['optimizer']['state'].values(), b['optimizer']['state'].values()):
+        assert same(p, q)
+    assert metrics(straight) == metrics(parts)
+    assert (parts / 'ckpt_prev.pt').exists() and (parts / 'loss.png').stat().st_size > 5000
+
+
+@pytest.mark.parametrize('kind', ['cut', 'gone'])
+def test_resume_falls_back_to_the_checkpoint_before(run, tiny, tmp_path, kind):
+    run('train.py', *tiny, f'--out_dir={tmp_path}', '--save_interval=2')
+    newest = tmp_path / 'ckpt.pt'
+    newest.write_bytes(newest.read_bytes()[:-500]) if kind == 'cut' else newest.unlink()
+    out = run('train.py', *tiny, f'--out_dir={tmp_path}', '--init_from=resume')
+    assert 'ckpt_prev.pt at iteration 2' in out and ('SKIPPED' in out) == (kind == 'cut')
+
+
+def test_two_ranks_equal_one_and_each_bucket_is_reduced_once(tiny, tmp_path):
+    """2 ranks x 2 micro-batches against 1 rank x 4, by train.py itself: draws belong to the micro-batch, not the rank."""
+    args = [*tiny, '--gradient_accumulation_steps=4', '--max_iters=3', '--decoder_prob=0.06', '--self_cond_prob=0.06', '--grad_clip=0.0']   # often no such row on a rank
+    for n in (1, 2):
+        env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE')} | {'OMP_NUM_THREADS': '1'}
+        done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--master_port=29517', os.path.join(ROOT, 'tests', 'ddp_worker.py'),
+                               str(tmp_path / f'count{n}'), *args, f'--out_dir={tmp_path / str(n)}'], capture_output=True, text=True, timeout=240, env=env)
+        assert done.returncode == 0, done.stderr[-2000:]
+    a, b = (load_checkpoint(str(tmp_path / n / 'ckpt.pt')) for n in '12')
+    for k in a['model']:
+        assert torch.allclose(a['model'][k], b['model'][k], rtol=1e-4, atol=1e-5), k
+    for x, y in zip(metrics(tmp_path / '1'), metrics(tmp_path / '2')):
+        assert x['iter'] == y['iter'] and all(abs(x[k] - y[k]) < 1e-4 for k in ('loss', 'grad_norm') if k in x)
+    for rank in '01':
+        reduced = json.loads((tmp_path / f'count2.{rank}').read_text())
+        assert sum(last for _, last in reduced) == 3, 'one reduction per optimizer step'
+        steps = []      # buckets of each step, in order
+        for i, last in reduced:
+            steps = steps + [[]] if not steps or steps[-1] and steps[-1][-1][1] else steps
+            steps[-1].append((i, last))
+        assert len(steps) == 3 and all(len({i for i, _ in s}) == len(s) for s in steps) and len(steps[-1]) > 4, reduced
+
+
+def test_it_learns_and_samples(run, tiny, tmp_path):
+    """300 steps on four letters: validation loss falls, the EMA's samples have the data's letters and length."""
+    run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=300', '--log_interval=50', '--eval_interval=300', '--sample_interval=300', '--batch_size=16')
+    val = [m for m in metrics(tmp_path) if 'val_loss' in m]
+    assert val[-1]['val_loss'] < 0.6 * val[0]['val_loss'] and val[-1]['val_ce'] < 1.0 and len(val[-1]['val_l2_bins']) == 5
+    out = run('sample.py', f'--out_dir={tmp_path}', '--num_samples=6', '--device=cpu', '--dtype=float32', '--trace=3')
+    assert out.count('  t=') == 3 and 't=0.00' in out and 't=1.00' in out
+    texts = [json.loads(line)['generated'] for line in open(tmp_path / 'samples.jsonl')]
+    letters = ''.join(texts)
+    assert len(texts) == 6 and len(letters) > 40 and sum(ch in 'abcd' for ch in letters) > 0.9 * len(letters)
+    ema, raw = ELF.from_pretrained(str(tmp_path)), load_checkpoint(str(tmp_path / 'ckpt.pt'))['model']
+    assert not same(dict(ema.state_dict()), raw) and ema.config.steps == 4
+
+
+def test_adamw_and_starting_from_weights(run, tiny, tmp_path):
+    run('train.py', *tiny, f'--out_dir={tmp_path / "a"}', '--optimizer=adamw', '--max_epochs=1', '--warmup_epochs=0.5')
+    assert load_checkpoint(str(tmp_path / 'a' / 'ckpt.pt'))['iter_num'] == 12
+    out = run('train.py', *tiny, f'--out_dir={tmp_path / "b"}', f'--init_from={tmp_path / "a"}', '--n_layer=-1', '--max_iters=1')
+    assert '2 layers of 32' in out
+    assert load_checkpoint(str(tmp_path / 'b' / 'ckpt.pt'))['iter_num'] == 1
+
+
+MISTAKES = [
+    (['--dataset=nothing'], 'run: python prepare.py --dataset=nothing'),
+    (['--max_length=8'], 'has rows of 13 tokens, max_length is 8'),
+    (['--size=ELF-X'], "size='ELF-X' is not one of ELF-B, ELF-M, ELF-L"),
+    (['--encoder=t5-small'], 'was made with encoder'),
+    (['--tokenizer=t5-small'], 'was made with tokenizer'),
+    (['--device=cuda'], "device='cuda' is not available here"),
+    (['--dtype=fp8'], "dtype='fp8' is not one of"),
+    (['--n_head=3'], 'n_head=3'),
+    (['--batch_size=0'], 'batch_size=0: must be at least 1'),
+    (['--optimizer=sgd'], "optimizer='sgd' is not one of"),
+    (['--init_from=resume'], 'nothing to resume'),
+    (['--init_from=./nowhere'], 'nothing to load'),
+    (['--learning_rat=1'], 'did you mean learning_rate?'),
+    (['config/none.py'], 'no such config file'),
+]
+
+
+@pytest.mark.parametrize('args, says', MISTAKES, ids=[a[-1] for a, _ in MISTAKES])
+def test_mistakes_of_the_user(run, tiny, tmp_path, args, says):
+    if torch.cuda.is_available() and args == ['--device=cuda']:
+        pytest.skip('has a GPU')
+    with pytest.raises(UserError, match=re.escape(says)):
+        run('train.py', *tiny, f'--out_dir={tmp_path / "out"}', *args)
+    assert not (tmp_path / 'out').exists(), 'nothing written'
+
+
+def test_a_checkpoint_is_not_overwritten_nor_resumed_with_other_mathematics(run, tiny, tmp_path):
+    run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=1')
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    with pytest.raises(UserError, match='there already'):
+        run('train.py', *tiny, f'--out_dir={tmp_path}')
+    with pytest.raises(UserError, match='n_layer was 2, now 3'):
+        run('train.py', *tiny, f'--out_dir={tmp_path}', '--init_from=resume', '--n_layer=3')
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+
+
+def test_damaged_bins_are_refused(run, tiny, bins, tmp_path):
+    import shutil
+    shutil.copytree(bins, tmp_path / 'data')
+    args = [*tiny, f'--data_dir={tmp_path / "data"}', f'--out_dir={tmp_path / "out"}']
+    file = tmp_path / 'data' / 'tiny' / 'train.bin'
+    whole = np.fromfile(file, dtype=np.uint16)
+    whole[:-5].tofile(file)
+    with pytest.raises(UserError, match='meta.json speaks of 1248'):
+        run('train.py', *args)
+    np.full_like(whole, 77).tofile(file)
+    with pytest.raises(UserError, match='token id 77, the vocabulary ends at 29'):
+        run('train.py', *args)
+    (file.parent / 'meta.json').write_text('{')
+    with pytest.raises(UserError, match='damaged'):
+        run('train.py', *args)
+
+
+def test_ranks_must_divide_and_errors_are_one_line(tiny, tmp_path):
+    env = os.environ | {'WORLD_SIZE': '3', 'RANK': '0'}
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), *tiny, f'--out_dir={tmp_path}'], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'do not divide over 3 ranks' in done.stderr
