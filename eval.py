@@ -1,0 +1,347 @@
+"""
+How good are the texts? Sample a checkpoint, or take a file of texts, and measure.
+
+    python eval.py --out_dir=out/demo --dataset=pydocs --judge=ngram    # no download; reference rows beside the samples
+    python eval.py --init_from=embedded-language-flows/ELF-B-owt-torch  # 1000 texts, GPT-2 Large, the official protocol
+    python eval.py --samples=out/samples.jsonl                          # score what exists; with 'target': BLEU and ROUGE
+
+Read the columns together: repetition lowers the perplexity of a judge, and entropy and distinct-4 with it.
+"""
+import json
+import math
+import os
+import time
+from collections import Counter
+from functools import lru_cache
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from configurator import UserError, configure
+from model import ELF, TextEncoder
+from sample import cut, load_tokenizer, pick_device, resolve_sampling, sample_texts
+from train import estimate_loss, get_rows, open_bins
+
+# ---------------------------------------------------------------------------------------------------------------------
+out_dir = 'out'             # the model of this folder's ckpt.pt (EMA); samples_eval.jsonl and metrics.jsonl go here
+init_from = ''              # instead: a published checkpoint, file, folder or hub id
+samples = ''                # instead of sampling: a JSONL file, one object a line with 'generated' or 'text', perhaps 'target'
+data_dir = 'data'
+dataset = ''                # bins under data_dir: reference rows, training text of the n-gram judge, validation loss
+num_samples = 1000
+batch_size = 16             # rows sampled at once; changes memory and speed, not the texts
+steps = -1                  # forward passes per text, -1 = the checkpoint's default, as below
+sampler = ''                # 'ode' or 'sde', '' = the default
+gamma = -1.0                # of the SDE: how much is re-noised
+w = -1.0                    # self-conditioning guidance strength
+cfg = -1.0                  # classifier-free guidance on the condition, 1 = off
+grid = 'logit_normal'       # times: 'logit_normal', 'quantile', 'uniform'
+judge = 'auto'              # causal LM, folder or hub id; 'ngram' needs no download; 'none'; 'auto' = gpt2-large, none where there are targets
+judge_batch_size = 16       # texts judged at once
+eval_iters = 10             # batches of the validation loss, 0 = none
+seed = 1337                 # text i depends on (seed, i) alone
+device = 'auto'             # 'cuda', 'mps', 'cpu', 'auto' = the first of these that is there
+dtype = 'auto'              # of sampling: 'float32' or 'bfloat16'; the judge is always float32
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics that need no judge; ids are lists of tokens
+
+def entropy(ids):
+    """Unigram entropy of one list of ids, nats: log of the number of equally likely tokens it amounts to. 0.0 when empty."""
+    return -sum(n / len(ids) * math.log(n / len(ids)) for n in Counter(ids).values()) + 0.0
+
+
+def repetition(ids_list, n=5, times=3):
+    """Share of tokens that lie in an n-gram that its own text holds at least `times` times; all texts as one pool."""
+    inside = 0
+    for ids in ids_list:
+        grams = [tuple(ids[i:i + n]) for i in range(len(ids) - n + 1)]
+        counts = Counter(grams)
+        inside += len({i + k for i, gram in enumerate(grams) if counts[gram] >= times for k in range(n)})
+    return inside / max(1, sum(map(len, ids_list)))
+
+
+def duplicates(texts):
+    """Share of texts that equal an earlier one."""
+    return 1 - len(set(texts)) / len(texts) if texts else 0.0
+
+
+def distinct(ids_list, n=4, limit=None):
+    """
+    Share of different ones among all n-grams of a set of texts, none across two texts. The share falls as a set grows:
+    compare sets of as many tokens, the first `limit` of each.
+    """
+    grams, left = [], math.inf if limit is None else limit
+    for ids in ids_list:
+        ids = ids[:int(min(left, len(ids)))]
+        left -= len(ids)
+        grams += [tuple(ids[i:i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def bleu(hyps, refs, cased=False):
+    """Corpus BLEU, 0 to 100: the official code's (lower case, effective order), or sacreBLEU's standard cased one."""
+    import sacrebleu
+    assert len(hyps) == len(refs), f"{len(hyps)} texts, {len(refs)} references"
+    return sacrebleu.corpus_bleu(hyps, [refs], **({} if cased else dict(lowercase=True, use_effective_order=True))).score
+
+
+def rouge(hyps, refs):
+    """ROUGE-1, -2 and -L, stemmed: F-measure * 100 of each pair, then the plain mean."""
+    from rouge_score import rouge_scorer
+    assert len(hyps) == len(refs) > 0, f"{len(hyps)} texts, {len(refs)} references"
+    kinds = ('rouge1', 'rouge2', 'rougeL')
+    scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True)
+    scores = [scorer.score(ref, hyp) for hyp, ref in zip(hyps, refs)]
+    return {k: sum(s[k].fmeasure * 100 for s in scores) / len(scores) for k in kinds}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the judge without a download: an interpolated character n-gram, Witten-Bell smoothed
+
+def train_ngram(texts, n=5):
+    """Counts of all 1- to n-grams within each text; per context the characters that followed it, all and different ones."""
+    grams = Counter(text[i:i + k] for text in texts for k in range(1, n + 1) for i in range(len(text) - k + 1))
+    followers = {}
+    for gram, count in grams.items():
+        total, kinds = followers.get(gram[:-1], (0, 0))
+        followers[gram[:-1]] = total + count, kinds + 1
+    return dict(n=n, grams=grams, followers=followers)
+
+
+def ngram_p(char, context, ngram):
+    """
+    P(char | context): a context h seen N times with K different followers gives (count(h char) + K * P(char | h without
+    its first character)) / (N + K). Below the empty context: uniform over the alphabet and one sign for all others.
+    """
+    grams, followers = ngram['grams'], ngram['followers']
+    p = 1 / (followers.get('', (0, 0))[1] + 1)
+    for k in range(len(context) + 1):
+        h = context[len(context) - k:]
+        if h not in followers:
+            break               # longer ones were not seen either
+        total, kinds = followers[h]
+        p = (grams.get(h + char, 0) + kinds * p) / (total + kinds)
+    return p
+
+
+def ngram_nats(texts, ngram):
+    """Mean -log P of all characters of texts, nats; each text starts without context. nan if there are none."""
+    reach, chars = ngram['n'] - 1, sum(map(len, texts))
+    nats = -sum(math.log(ngram_p(ch, text[max(0, i - reach):i], ngram)) for text in texts for i, ch in enumerate(text))
+    return nats / chars if chars else math.nan
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the judge of the paper: a causal LM with GPT-2's vocabulary
+
+def gpt2_bpe(source):
+    """The byte-level BPE of a folder or hub id, from its own vocab.json and merges.txt (or encoder.json, vocab.bpe) -> tiktoken.Encoding."""
+    import tiktoken
+    from huggingface_hub import hf_hub_download
+    from tiktoken_ext.openai_public import r50k_pat_str
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    old = os.path.isfile(os.path.join(source, 'encoder.json')) and not os.path.isfile(os.path.join(source, 'vocab.json'))
+    try:
+        parts = [os.path.join(source, f) if os.path.isdir(source) else hf_hub_download(source, f)
+                 for f in (('encoder.json', 'vocab.bpe') if old else ('vocab.json', 'merges.txt'))]
+        vocab, merges = (open(part, encoding='utf-8').read() for part in parts)
+        vocab = json.loads(vocab)
+        byte_of = {ch: byte for byte, ch in bytes_to_unicode().items()}     # the files write each byte as a visible sign
+        merged = dict.fromkeys(line.replace(' ', '') for line in merges.split('\n') if line and not line.startswith('#version'))
+        ranks = {bytes(byte_of[ch] for ch in token): vocab[token] for token in (*byte_of, *merged)}
+        assert sorted(merged, key=vocab.get) == list(merged), "its ids are not in the order of its merges"
+        return tiktoken.Encoding(source, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={'<|endoftext|>': vocab['<|endoftext|>']})
+    except Exception as e:      # no file, no network, no such token: the clients have a dozen kinds
+        raise UserError(f"judge {source!r}: no GPT-2 vocabulary (vocab.json and merges.txt) in a folder or on the hub: "
+                        f"{type(e).__name__}: {(str(e).strip() or '?').splitlines()[0]}; --judge=ngram needs no download") from None
+
+
+@lru_cache(maxsize=1)
+def load_judge(name, device):
+    """A causal LM from a folder or hub id, float32, and its BPE."""
+    from transformers import AutoModelForCausalLM
+    bpe = gpt2_bpe(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().to(device)
+    except (OSError, ValueError) as e:
+        raise UserError(f"judge {name!r} is neither a folder with a causal LM nor one on the hub: {str(e).strip().splitlines()[0]}") from None
+    if bpe.n_vocab > model.config.vocab_size:
+        raise UserError(f"judge {name!r} has {model.config.vocab_size} embeddings for a vocabulary of {bpe.n_vocab}; its files do not belong together")
+    return model, bpe
+
+
+@torch.no_grad()
+def gen_ppl(texts, judge, batch_size=16, device='cpu', max_length=1024):
+    """
+    Generative perplexity, the official JAX protocol [utils/metrics_utils.py], and the port's beside it -> dict.
+    Blank texts are left out, counted in 'empty'. GPT-2 ids, cut to max_length, filled with EOS to the longest of the set.
+    Scored: every token but a row's first that is no EOS or the first EOS, so the first fill token too.
+    gen_ppl = exp(sum nll / sum tokens) over all texts. The port adds its two masks as numbers (JAX: or), so gen_ppl_port
+    counts tokens between the first and the second EOS twice. entropy: nats over the ids without fill, mean over texts.
+    """
+    model, bpe = load_judge(judge, str(device))
+    eos, kept = bpe.eot_token, [text for text in texts if text.strip()]
+    max_length = min(max_length, getattr(model.config, 'max_position_embeddings', max_length))
+    rows = [bpe.encode(text, allowed_special='all')[:max_length] for text in kept]
+    width, sums = max(map(len, rows), default=0), torch.zeros(4, dtype=torch.float64)     # nll and tokens, JAX then port
+    for i in tqdm(range(0, len(rows), batch_size), desc='judge', disable=None, leave=False):
+        part = rows[i:i + batch_size]
+        ids = torch.tensor([row + [eos] * (width - len(row)) for row in part], device=device)           # (B, T)
+        real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part], device=device)
+        logits = model(ids, attention_mask=real).logits                                                 # (B, T, V)
+        # row by row: the float32 logits of a batch are gigabytes already
+        nll = torch.stack([F.cross_entropy(row[:-1], target[1:], reduction='none') for row, target in zip(logits.float(), ids)]).double().cpu()
+        token = (ids != eos).cpu()
+        first = (~token).cumsum(1) == 1                             # from the first EOS to before the second
+        for at, weight in ((0, token | first), (2, token.double() + first.double())):
+            sums[at:at + 2] += torch.stack(((nll * weight[:, 1:]).sum(), weight[:, 1:].sum()))
+    ppl = [float(np.exp(nll / tokens)) if tokens else math.nan for nll, tokens in sums.view(2, 2).tolist()]
+    return dict(gen_ppl=ppl[0], gen_ppl_port=ppl[1], entropy=sum(map(entropy, rows)) / len(rows) if rows else math.nan,
+                tokens=int(sums[1]), empty=len(texts) - len(kept))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# texts in
+
+def read_samples(file):
+    """A JSONL file -> list of dicts with 'generated', some with 'target'. UserError names file and line."""
+    rows = []
+    try:
+        lines = open(file, 'rb').read().split(b'\n')
+    except OSError as e:
+        raise UserError(f"samples={file!r} cannot be read ({e.strerror}); it is a JSONL file as sample.py writes") from None
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode('utf-8-sig'))
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{file}, line {n} is not JSON ({e}): {line[:60]!r}") from None
+        text = row.get('generated', row.get('text')) if isinstance(row, dict) else None
+        if not isinstance(text, str) or not isinstance(row.get('target', ''), str):
+            raise UserError(f"{file}, line {n} needs a text under 'generated' or 'text' (and under 'target', if that is there): {line[:60]!r}")
+        if rows and ('target' in row) != ('target' in rows[0]):
+            raise UserError(f"{file}, line {n}: some lines have a 'target' and some have none; all or none")
+        rows.append(row | dict(generated=text))
+    if not rows:
+        raise UserError(f"{file} has no texts")
+    return rows
+
+
+def bin_rows(meta, split, n, max_length):
+    """Up to n rows of a split, evenly spaced over it -> lists of ids without fill, cut at the first EOS."""
+    rows = np.linspace(0, meta['rows'][split], min(n, meta['rows'][split]), endpoint=False).astype(int)
+    ids, valid, _ = get_rows(meta, split, rows, max_length)
+    return [cut(row[ok].tolist(), meta['eos_id']) for row, ok in zip(ids, valid)]
+
+
+def measure(texts, ids, judge, ngram, limit, batch_size, device):
+    """All metrics of one row of the table. entropy_own is over the ids given, mean over the texts that are not blank."""
+    written = [i for text, i in zip(texts, ids) if text.strip()]
+    out = dict(texts=len(texts), empty=len(texts) - len(written), entropy_own=sum(map(entropy, written)) / len(written) if written else math.nan,
+               distinct_4=distinct(ids, 4, limit), repetition=repetition(ids), duplicates=duplicates(texts))
+    if ngram:
+        out['nats_per_char'] = ngram_nats(texts, ngram)
+    elif judge != 'none':
+        out |= gen_ppl(texts, judge, batch_size, device)
+    return out
+
+
+def finite(x):
+    """JSON has no nan and no infinity: None for them."""
+    return {k: finite(v) for k, v in x.items()} if isinstance(x, dict) else list(map(finite, x)) if isinstance(x, list) else \
+        None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+if __name__ == '__main__':
+    configure(globals())
+    if min(num_samples, batch_size, judge_batch_size) < 1 or min(seed, eval_iters) < 0:
+        raise UserError(f"num_samples={num_samples}, batch_size={batch_size}, judge_batch_size={judge_batch_size}, seed={seed}, eval_iters={eval_iters}: "
+                        f"the first three start at 1, the others at 0")
+    device, ctx, decided = pick_device(device, dtype)
+    meta = open_bins(data_dir, dataset) if dataset else None
+    texts = read_samples(samples) if samples else None
+    judge = judge if judge != 'auto' else 'none' if texts and 'target' in texts[0] else 'gpt2-large'
+    if judge == 'ngram' and not meta:
+        raise UserError("--judge=ngram learns from training text; name the bins: --dataset=<folder under data_dir>")
+    if judge not in ('ngram', 'none'):
+        load_judge(judge, str(device))      # what is missing shows before the sampling, not after
+    report = dict(source=samples or init_from or out_dir, judge=judge, seed=seed)
+    print(f"device: {decided}; judge: {judge}")
+
+    # the texts
+    max_length = meta.get('max_length', 1024) if meta else 1024
+    if samples:
+        # 'own' ids: the dataset's tokenizer where one is named, else words
+        tokenizer = load_tokenizer(SimpleNamespace(tokenizer=meta['tokenizer'])) if meta else None
+        ids = [tokenizer(t['generated'], add_special_tokens=False)['input_ids'] if meta else t['generated'].split() for t in texts]
+        unit = f"tokens of {meta['dir']}" if meta else 'words'
+    else:
+        model = ELF.from_pretrained(init_from or out_dir).to(device)
+        if model.config.max_input_length:
+            raise UserError(f"{init_from or out_dir} is a model with conditions; eval.py samples without, but scores files: --samples=file.jsonl")
+        if meta and meta['vocab_size'] != model.config.vocab_size:
+            raise UserError(f"{meta['dir']} has {meta['vocab_size']} tokens in its vocabulary, the model {model.config.vocab_size}; it was trained on other data")
+        max_length, unit, tokenizer = model.config.max_length, "the model's tokens", load_tokenizer(model.config)
+        how = resolve_sampling(model.config, steps, sampler, gamma, w, cfg)
+        report |= how | dict(grid=grid, nfe=how['steps'] * (1 if how['cfg'] == 1 else 2))
+        if meta and eval_iters:
+            encoder = TextEncoder(model.config.encoder, model.config.latent_mean, model.config.latent_std).to(device)
+            with ctx:
+                report['val'] = estimate_loss(model, encoder, meta, eval_iters, batch_size, device)
+            print("validation: " + ', '.join(f"{k} {v:.4f}" for k, v in report['val'].items() if k != 'l2_bins'))
+        start = time.time()
+        with ctx, tqdm(total=num_samples, desc='texts', disable=None) as bar:
+            texts = sample_texts(model, tokenizer, num_samples, batch_size, seed, device, grid=grid, progress=bar.update, **how)
+        report['seconds'] = time.time() - start
+        ids = [t['ids'] for t in texts]
+        os.makedirs(out_dir, exist_ok=True)
+        file = os.path.join(out_dir, 'samples_eval.jsonl')
+        with open(file + '.tmp', 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps(dict(id=t['id'], generated=t['generated']), ensure_ascii=False) + '\n' for t in texts)
+        os.replace(file + '.tmp', file)
+        print(f"{len(texts)} texts in {file}, {report['seconds']:.1f} s, {report['nfe']} forward passes each (NFE): "
+              + ', '.join(f'{k}={v}' for k, v in (how | dict(grid=grid)).items()))
+    torch.set_float32_matmul_precision('highest')       # the judge is float32, not TF32
+    sets, ngram = {'samples': ([t['generated'] for t in texts], ids)}, None
+
+    # reference rows: real validation text, and tokens drawn one by one from the training text, in texts of the same lengths
+    if meta:
+        decode = lambda rows: [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        real = bin_rows(meta, 'val', len(texts), max_length)
+        # a few million characters are enough for a 5-gram, and all it can learn in seconds
+        train_rows = bin_rows(meta, 'train', max(1, 1_000_000 * meta['rows']['train'] // max(1, meta['tokens']['train'])), max_length)
+        pool, rng = np.concatenate(train_rows), np.random.default_rng(seed)
+        unigram = [rng.choice(pool, len(row)).tolist() for row in real]
+        sets |= {'real text': (decode(real), real), 'unigram text': (decode(unigram), unigram)}
+        ngram = train_ngram(decode(train_rows)) if judge == 'ngram' else None
+
+    # the table
+    limit = min(sum(map(len, rows)) for _, rows in sets.values())       # distinct-4 on as many tokens of each set
+    results = {name: measure(*pair, judge, ngram, limit, judge_batch_size, device) for name, pair in sets.items()}
+    columns = [c for c in (('nats_per_char', 'nats/char', '.3f'), ('gen_ppl', 'gen. ppl', '.2f'), ('gen_ppl_port', 'ppl (port)', '.2f'),
+                           ('entropy', 'entropy', '.3f'), ('entropy_own', 'own entropy', '.3f'), ('distinct_4', 'distinct-4', '.3f'), ('repetition', 'repetition', '.3f'),
+                           ('duplicates', 'duplicates', '.3f'), ('texts', 'texts', 'd'), ('empty', 'empty', 'd')) if c[0] in results['samples']]
+    print('\n' + ' ' * 14 + ''.join(f'{head:>13}' for _, head, _ in columns))
+    for name, row in results.items():
+        print(f'{name:<14}' + ''.join(f'{row[key]:>13{form}}' for key, _, form in columns))
+    print(f"own entropy, distinct-4 and repetition over {unit}; entropies in nats")
+    report |= results['samples'] | {name.split()[0]: row for name, row in results.items() if name != 'samples'}
+    if ngram:
+        nats = {name: row['nats_per_char'] for name, row in results.items()}
+        gap = nats['unigram text'] - nats['real text']
+        report['gap_closed'] = (nats['unigram text'] - nats['samples']) / gap if gap else math.nan
+        print(f"gap closed: {report['gap_closed']:.3f} of the way from unigram to real text (nats/char); "
+              f"distinct-4 at {results['samples']['distinct_4'] / max(1e-9, results['real text']['distinct_4']):.2f} of real text's")
+    if 'target' in texts[0]:
+        pair = [t['generated'] for t in texts], [t['target'] for t in texts]
+        report |= dict(bleu=bleu(*pair), bleu_cased=bleu(*pair, cased=True)) | rouge(*pair)
+        print(f"BLEU {report['bleu']:.2f} (cased {report['bleu_cased']:.2f}), ROUGE {' / '.join(f'{report[k]:.2f}' for k in ('rouge1', 'rouge2', 'rougeL'))}")
+    line = json.dumps(finite(report))
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        with open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8') as f:
+            f.write(line + '\n')
+    except OSError as e:
+        raise UserError(f"{out_dir}/metrics.jsonl cannot be written ({e.strerror}); choose another --out_dir") from None
+    print(line)
