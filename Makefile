@@ -11,14 +11,14 @@ DEMO_SAMPLES ?= 200
 	touch .venv/ready
 
 demo: .venv/ready
-	.venv/bin/python prepare.py config/demo_data.py
+	.venv/bin/python prepare.py
 	.venv/bin/python train.py config/demo.py $(DEMO)
 	.venv/bin/python sample.py --out_dir=out/demo --num_samples=8 --trace=8
 	.venv/bin/python eval.py --out_dir=out/demo --dataset=pydocs --judge=ngram --num_samples=$(DEMO_SAMPLES)
 	@echo
 	@echo "the model is in out/demo/ckpt.pt, its losses in out/demo/loss.png and metrics.jsonl, texts in out/demo/samples.jsonl"
 	@echo "try next:  .venv/bin/python sample.py --out_dir=out/demo --seed=7 --steps=64 --trace=12"
-	@echo "           .venv/bin/python prepare.py --dataset=my.txt --max_length=48 && .venv/bin/python train.py config/demo.py --dataset=my --out_dir=out/my"
+	@echo "           .venv/bin/python prepare.py --dataset=my.txt && .venv/bin/python train.py config/demo.py --dataset=my --out_dir=out/my"
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q tests

@@ -435,7 +435,7 @@ if __name__ == '__main__':
         kept = []
         if init_from == 'resume' and os.path.exists(metrics_file):
             with open(metrics_file, encoding='utf-8') as f:
-                kept = [line for line in f if line.endswith('\n') and json.loads(line).get('iter', math.inf) <= iter_num]
+                kept = [line for line in f if line.endswith('\n') and json.loads(line).get('iter', 0) <= iter_num]
         with open(metrics_file, 'w', encoding='utf-8') as f:
             f.writelines(kept)
     wandb = None

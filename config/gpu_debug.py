@@ -1,0 +1,33 @@
+# A few minutes on one small GPU (4 GB): a 12M-parameter ELF on the embedded text, through every code path of the large runs:
+# bfloat16, compile, accumulation, Muon, EMA, validation, sampling, checkpoints.
+#
+#   python prepare.py --name=pydocs128 --max_length=128 --letters_only=false --token_level=subwords --encoder_dim=128
+#   python train.py config/gpu_debug.py
+
+out_dir = 'out/gpu_debug'
+dataset = 'pydocs128'
+overwrite = True
+max_length = 128
+
+batch_size = 64
+gradient_accumulation_steps = 2     # 64 * 2 = 128 rows per step
+
+n_layer = 6
+n_embd = 384
+n_head = 6
+bottleneck = 64
+noise_scale = 1.0           # 2 * sqrt(128 / 512)
+decoder_noise_scale = 2.5
+
+learning_rate = 0.004
+lr_schedule = 'cosine'
+max_iters = 1000
+warmup_iters = 100
+ema_decay = 0.99
+ema_warmup = True
+
+log_interval = 20
+eval_interval = 250
+eval_iters = 5
+save_interval = 250
+sample_interval = 250
