@@ -39,7 +39,8 @@ gamma = -1.0                # of the SDE: how much is re-noised
 w = -1.0                    # self-conditioning guidance strength
 cfg = -1.0                  # classifier-free guidance on the condition, 1 = off
 grid = 'logit_normal'       # times: 'logit_normal', 'quantile', 'uniform'
-judge = 'auto'              # causal LM, folder or hub id; 'ngram' needs no download; 'none'; 'auto' = gpt2-large, none where there are targets
+judge = 'auto'              # causal LM, folder or hub id; 'ngram' needs no download; 'none';
+                            # 'auto' = gpt2-large, none where there are targets
 judge_batch_size = 16       # texts judged at once
 eval_iters = 10             # batches of the validation loss, 0 = none
 seed = 1337                 # text i depends on (seed, i) alone
@@ -136,22 +137,25 @@ def ngram_nats(texts, ngram):
 # the judge of the paper: a causal LM with GPT-2's vocabulary
 
 def gpt2_bpe(source):
-    """The byte-level BPE of a folder or hub id, from its own vocab.json and merges.txt (or encoder.json, vocab.bpe) -> tiktoken.Encoding."""
+    """Folder or hub id with vocab.json and merges.txt (or encoder.json, vocab.bpe): its byte-level BPE -> tiktoken.Encoding."""
     import tiktoken
     from huggingface_hub import hf_hub_download
     from tiktoken_ext.openai_public import r50k_pat_str
     from transformers.convert_slow_tokenizer import bytes_to_unicode
-    old = os.path.isfile(os.path.join(source, 'encoder.json')) and not os.path.isfile(os.path.join(source, 'vocab.json'))
+    names = ('vocab.json', 'merges.txt')
+    if os.path.isfile(os.path.join(source, 'encoder.json')):
+        names = ('encoder.json', 'vocab.bpe')
     try:
-        parts = [os.path.join(source, f) if os.path.isdir(source) else hf_hub_download(source, f)
-                 for f in (('encoder.json', 'vocab.bpe') if old else ('vocab.json', 'merges.txt'))]
-        vocab, merges = (open(part, encoding='utf-8').read() for part in parts)
+        paths = [os.path.join(source, f) if os.path.isdir(source) else hf_hub_download(source, f) for f in names]
+        vocab, merges = (open(path, encoding='utf-8').read() for path in paths)
         vocab = json.loads(vocab)
         byte_of = {ch: byte for byte, ch in bytes_to_unicode().items()}     # the files write each byte as a visible sign
-        merged = dict.fromkeys(line.replace(' ', '') for line in merges.split('\n') if line and not line.startswith('#version'))
+        lines = [line for line in merges.split('\n') if line and not line.startswith('#version')]
+        merged = dict.fromkeys(line.replace(' ', '') for line in lines)
         ranks = {bytes(byte_of[ch] for ch in token): vocab[token] for token in (*byte_of, *merged)}
         assert sorted(merged, key=vocab.get) == list(merged), "its ids are not in the order of its merges"
-        return tiktoken.Encoding(source, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={'<|endoftext|>': vocab['<|endoftext|>']})
+        special = {'<|endoftext|>': vocab['<|endoftext|>']}
+        return tiktoken.Encoding(source, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
     except Exception as e:      # no file, no network, no such token: the clients have a dozen kinds
         raise UserError(f"judge {source!r}: no GPT-2 vocabulary (vocab.json and merges.txt) in a folder or on the hub: "
                         f"{type(e).__name__}: {(str(e).strip() or '?').splitlines()[0]}; --judge=ngram needs no download") from None
@@ -165,9 +169,10 @@ def load_judge(name, device):
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().to(device)
     except (OSError, ValueError) as e:
-        raise UserError(f"judge {name!r} is neither a folder with a causal LM nor one on the hub: {str(e).strip().splitlines()[0]}") from None
+        raise UserError(f"judge {name!r} is neither a folder with a causal LM nor one on the hub: "
+                        f"{str(e).strip().splitlines()[0]}") from None
     if bpe.n_vocab > model.config.vocab_size:
-        raise UserError(f"judge {name!r} has {model.config.vocab_size} embeddings for a vocabulary of {bpe.n_vocab}; its files do not belong together")
+        raise UserError(f"judge {name!r} has {model.config.vocab_size} embeddings but a vocabulary of {bpe.n_vocab}")
     return model, bpe
 
 
@@ -191,8 +196,8 @@ def gen_ppl(texts, judge, batch_size=16, device='cpu', max_length=1024):
         real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part], device=device)
         logits = model(ids, attention_mask=real).logits                                                 # (B, T, V)
         # row by row: the float32 logits of a batch are gigabytes already
-        nll = torch.stack([F.cross_entropy(row[:-1], target[1:], reduction='none') for row, target in zip(logits.float(), ids)]).double().cpu()
-        token = (ids != eos).cpu()
+        nll = torch.stack([F.cross_entropy(row[:-1], target[1:], reduction='none') for row, target in zip(logits, ids)])
+        nll, token = nll.cpu().double(), (ids != eos).cpu()
         first = (~token).cumsum(1) == 1                             # from the first EOS to before the second
         for at, weight in ((0, token | first), (2, token.double() + first.double())):
             sums[at:at + 2] += torch.stack(((nll * weight[:, 1:]).sum(), weight[:, 1:].sum()))
@@ -206,11 +211,9 @@ def gen_ppl(texts, judge, batch_size=16, device='cpu', max_length=1024):
 def read_samples(file):
     """A JSONL file -> list of dicts with 'generated', some with 'target'. UserError names file and line."""
     rows = []
-    try:
-        lines = open(file, 'rb').read().split(b'\n')
-    except OSError as e:
-        raise UserError(f"samples={file!r} cannot be read ({e.strerror}); it is a JSONL file as sample.py writes") from None
-    for n, line in enumerate(lines, 1):
+    if not os.path.isfile(file):
+        raise UserError(f"samples={file!r} is no file; give a JSONL file as sample.py writes it")
+    for n, line in enumerate(open(file, 'rb'), 1):
         if not line.strip():
             continue
         try:
@@ -219,10 +222,10 @@ def read_samples(file):
             raise UserError(f"{file}, line {n} is not JSON ({e}): {line[:60]!r}") from None
         text = row.get('generated', row.get('text')) if isinstance(row, dict) else None
         if not isinstance(text, str) or not isinstance(row.get('target', ''), str):
-            raise UserError(f"{file}, line {n} needs a text under 'generated' or 'text' (and under 'target', if that is there): {line[:60]!r}")
+            raise UserError(f"{file}, line {n} needs a text under 'generated' or 'text', and under 'target' if it has one: {line[:60]!r}")
         if rows and ('target' in row) != ('target' in rows[0]):
             raise UserError(f"{file}, line {n}: some lines have a 'target' and some have none; all or none")
-        rows.append(row | dict(generated=text))
+        rows.append(row | dict(generated=text.encode('utf-8', 'replace').decode()))     # half a surrogate pair: '?'
     if not rows:
         raise UserError(f"{file} has no texts")
     return rows
@@ -237,8 +240,8 @@ def bin_rows(meta, split, n, max_length):
 
 def measure(texts, ids, judge, ngram, limit, batch_size, device):
     """All metrics of one row of the table. entropy_own is over the ids given, mean over the texts that are not blank."""
-    written = [i for text, i in zip(texts, ids) if text.strip()]
-    out = dict(texts=len(texts), empty=len(texts) - len(written), entropy_own=sum(map(entropy, written)) / len(written) if written else math.nan,
+    written = [entropy(i) for text, i in zip(texts, ids) if text.strip()]
+    out = dict(texts=len(texts), empty=len(texts) - len(written), entropy_own=sum(written) / len(written) if written else math.nan,
                distinct_4=distinct(ids, 4, limit), repetition=repetition(ids), duplicates=duplicates(texts))
     if ngram:
         out['nats_per_char'] = ngram_nats(texts, ngram)
@@ -246,72 +249,81 @@ def measure(texts, ids, judge, ngram, limit, batch_size, device):
         out |= gen_ppl(texts, judge, batch_size, device)
     return out
 
-
-def finite(x):
-    """JSON has no nan and no infinity: None for them."""
-    return {k: finite(v) for k, v in x.items()} if isinstance(x, dict) else list(map(finite, x)) if isinstance(x, list) else \
-        None if isinstance(x, float) and not math.isfinite(x) else x
+COLUMNS = [('nats_per_char', 'nats/char', '.3f'), ('gen_ppl', 'gen. ppl', '.2f'), ('gen_ppl_port', 'ppl (port)', '.2f'),
+           ('entropy', 'entropy', '.3f'), ('entropy_own', 'own entropy', '.3f'), ('distinct_4', 'distinct-4', '.3f'),
+           ('repetition', 'repetition', '.3f'), ('duplicates', 'duplicates', '.3f'), ('texts', 'texts', 'd'), ('empty', 'empty', 'd')]
 
 
 if __name__ == '__main__':
     configure(globals())
     if min(num_samples, batch_size, judge_batch_size) < 1 or min(seed, eval_iters) < 0:
-        raise UserError(f"num_samples={num_samples}, batch_size={batch_size}, judge_batch_size={judge_batch_size}, seed={seed}, eval_iters={eval_iters}: "
-                        f"the first three start at 1, the others at 0")
+        raise UserError(f"num_samples={num_samples}, batch_size={batch_size}, judge_batch_size={judge_batch_size} start at 1, "
+                        f"seed={seed}, eval_iters={eval_iters} at 0")
+    # what is missing or wrong shows here, before the sampling
     device, ctx, decided = pick_device(device, dtype)
     meta = open_bins(data_dir, dataset) if dataset else None
-    texts = read_samples(samples) if samples else None
-    judge = judge if judge != 'auto' else 'none' if texts and 'target' in texts[0] else 'gpt2-large'
+    texts = read_samples(samples) if samples else []
+    paired = bool(texts) and 'target' in texts[0]
+    judge = judge if judge != 'auto' else 'none' if paired else 'gpt2-large'
     if judge == 'ngram' and not meta:
         raise UserError("--judge=ngram learns from training text; name the bins: --dataset=<folder under data_dir>")
     if judge not in ('ngram', 'none'):
-        load_judge(judge, str(device))      # what is missing shows before the sampling, not after
+        load_judge(judge, str(device))
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        open(os.path.join(out_dir, 'metrics.jsonl'), 'a').close()
+    except OSError as e:
+        raise UserError(f"{out_dir}/metrics.jsonl cannot be written ({e.strerror}); choose another --out_dir") from None
     report = dict(source=samples or init_from or out_dir, judge=judge, seed=seed)
     print(f"device: {decided}; judge: {judge}")
 
     # the texts
-    max_length = meta.get('max_length', 1024) if meta else 1024
     if samples:
-        # 'own' ids: the dataset's tokenizer where one is named, else words
-        tokenizer = load_tokenizer(SimpleNamespace(tokenizer=meta['tokenizer'])) if meta else None
-        ids = [tokenizer(t['generated'], add_special_tokens=False)['input_ids'] if meta else t['generated'].split() for t in texts]
-        unit = f"tokens of {meta['dir']}" if meta else 'words'
+        # 'own' ids: those of the dataset's tokenizer if one is named, else words
+        max_length, unit, ids = 1024, 'words', [t['generated'].split() for t in texts]
+        if meta:
+            max_length, unit = meta.get('max_length', 1024), f"tokens of {meta['dir']}"
+            tokenizer = load_tokenizer(SimpleNamespace(tokenizer=meta['tokenizer']))
+            ids = [tokenizer(t['generated'], add_special_tokens=False)['input_ids'] for t in texts]
     else:
         model = ELF.from_pretrained(init_from or out_dir).to(device)
-        if model.config.max_input_length:
-            raise UserError(f"{init_from or out_dir} is a model with conditions; eval.py samples without, but scores files: --samples=file.jsonl")
-        if meta and meta['vocab_size'] != model.config.vocab_size:
-            raise UserError(f"{meta['dir']} has {meta['vocab_size']} tokens in its vocabulary, the model {model.config.vocab_size}; it was trained on other data")
-        max_length, unit, tokenizer = model.config.max_length, "the model's tokens", load_tokenizer(model.config)
-        how = resolve_sampling(model.config, steps, sampler, gamma, w, cfg)
-        report |= how | dict(grid=grid, nfe=how['steps'] * (1 if how['cfg'] == 1 else 2))
+        c = model.config
+        if c.max_input_length:
+            raise UserError(f"{init_from or out_dir} is a model with conditions; eval.py scores its texts: --samples=file.jsonl")
+        if meta and meta['vocab_size'] != c.vocab_size:
+            raise UserError(f"{meta['dir']} has {meta['vocab_size']} tokens in its vocabulary, the model {c.vocab_size}; "
+                            f"name the --dataset it was trained on")
+        max_length, unit, tokenizer = c.max_length, "the model's tokens", load_tokenizer(c)
+        how = resolve_sampling(c, steps, sampler, gamma, w, cfg) | dict(grid=grid)
+        report |= how | dict(nfe=how['steps'] * (1 if how['cfg'] == 1 else 2))
         if meta and eval_iters:
-            encoder = TextEncoder(model.config.encoder, model.config.latent_mean, model.config.latent_std).to(device)
+            encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
             with ctx:
                 report['val'] = estimate_loss(model, encoder, meta, eval_iters, batch_size, device)
-            print("validation: " + ', '.join(f"{k} {v:.4f}" for k, v in report['val'].items() if k != 'l2_bins'))
+            print("validation: " + ', '.join(f"{k} {report['val'][k]:.4f}" for k in ('loss', 'l2', 'ce')))
         start = time.time()
         with ctx, tqdm(total=num_samples, desc='texts', disable=None) as bar:
-            texts = sample_texts(model, tokenizer, num_samples, batch_size, seed, device, grid=grid, progress=bar.update, **how)
+            texts = sample_texts(model, tokenizer, num_samples, batch_size, seed, device, progress=bar.update, **how)
         report['seconds'] = time.time() - start
         ids = [t['ids'] for t in texts]
-        os.makedirs(out_dir, exist_ok=True)
         file = os.path.join(out_dir, 'samples_eval.jsonl')
         with open(file + '.tmp', 'w', encoding='utf-8') as f:
-            f.writelines(json.dumps(dict(id=t['id'], generated=t['generated']), ensure_ascii=False) + '\n' for t in texts)
+            for t in texts:
+                f.write(json.dumps(dict(id=t['id'], generated=t['generated']), ensure_ascii=False) + '\n')
         os.replace(file + '.tmp', file)
         print(f"{len(texts)} texts in {file}, {report['seconds']:.1f} s, {report['nfe']} forward passes each (NFE): "
-              + ', '.join(f'{k}={v}' for k, v in (how | dict(grid=grid)).items()))
+              + ', '.join(f'{k}={v}' for k, v in how.items()))
     torch.set_float32_matmul_precision('highest')       # the judge is float32, not TF32
-    sets, ngram = {'samples': ([t['generated'] for t in texts], ids)}, None
 
     # reference rows: real validation text, and tokens drawn one by one from the training text, in texts of the same lengths
+    sets, ngram = {'samples': ([t['generated'] for t in texts], ids)}, None
     if meta:
         decode = lambda rows: [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
         real = bin_rows(meta, 'val', len(texts), max_length)
-        # a few million characters are enough for a 5-gram, and all it can learn in seconds
-        train_rows = bin_rows(meta, 'train', max(1, 1_000_000 * meta['rows']['train'] // max(1, meta['tokens']['train'])), max_length)
-        pool, rng = np.concatenate(train_rows), np.random.default_rng(seed)
+        # a million tokens are enough for a 5-gram
+        rows = 1 + 1_000_000 * meta['rows']['train'] // max(1, meta['tokens']['train'])
+        train_rows, rng = bin_rows(meta, 'train', rows, max_length), np.random.default_rng(seed)
+        pool = np.concatenate(train_rows)
         unigram = [rng.choice(pool, len(row)).tolist() for row in real]
         sets |= {'real text': (decode(real), real), 'unigram text': (decode(unigram), unigram)}
         ngram = train_ngram(decode(train_rows)) if judge == 'ngram' else None
@@ -319,29 +331,23 @@ if __name__ == '__main__':
     # the table
     limit = min(sum(map(len, rows)) for _, rows in sets.values())       # distinct-4 on as many tokens of each set
     results = {name: measure(*pair, judge, ngram, limit, judge_batch_size, device) for name, pair in sets.items()}
-    columns = [c for c in (('nats_per_char', 'nats/char', '.3f'), ('gen_ppl', 'gen. ppl', '.2f'), ('gen_ppl_port', 'ppl (port)', '.2f'),
-                           ('entropy', 'entropy', '.3f'), ('entropy_own', 'own entropy', '.3f'), ('distinct_4', 'distinct-4', '.3f'), ('repetition', 'repetition', '.3f'),
-                           ('duplicates', 'duplicates', '.3f'), ('texts', 'texts', 'd'), ('empty', 'empty', 'd')) if c[0] in results['samples']]
-    print('\n' + ' ' * 14 + ''.join(f'{head:>13}' for _, head, _ in columns))
+    columns = [c for c in COLUMNS if c[0] in results['samples']]
+    print('\n' + ' ' * 14 + ''.join(f'{title:>13}' for _, title, _ in columns))
     for name, row in results.items():
         print(f'{name:<14}' + ''.join(f'{row[key]:>13{form}}' for key, _, form in columns))
+        report |= row if name == 'samples' else {name.split()[0]: row}
     print(f"own entropy, distinct-4 and repetition over {unit}; entropies in nats")
-    report |= results['samples'] | {name.split()[0]: row for name, row in results.items() if name != 'samples'}
     if ngram:
-        nats = {name: row['nats_per_char'] for name, row in results.items()}
-        gap = nats['unigram text'] - nats['real text']
-        report['gap_closed'] = (nats['unigram text'] - nats['samples']) / gap if gap else math.nan
-        print(f"gap closed: {report['gap_closed']:.3f} of the way from unigram to real text (nats/char); "
-              f"distinct-4 at {results['samples']['distinct_4'] / max(1e-9, results['real text']['distinct_4']):.2f} of real text's")
-    if 'target' in texts[0]:
-        pair = [t['generated'] for t in texts], [t['target'] for t in texts]
-        report |= dict(bleu=bleu(*pair), bleu_cased=bleu(*pair, cased=True)) | rouge(*pair)
-        print(f"BLEU {report['bleu']:.2f} (cased {report['bleu_cased']:.2f}), ROUGE {' / '.join(f'{report[k]:.2f}' for k in ('rouge1', 'rouge2', 'rougeL'))}")
-    line = json.dumps(finite(report))
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        with open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8') as f:
-            f.write(line + '\n')
-    except OSError as e:
-        raise UserError(f"{out_dir}/metrics.jsonl cannot be written ({e.strerror}); choose another --out_dir") from None
+        nats, real_nats, unigram_nats = (row['nats_per_char'] for row in results.values())
+        report['gap_closed'] = (unigram_nats - nats) / (unigram_nats - real_nats) if unigram_nats != real_nats else math.nan
+        share = results['samples']['distinct_4'] / max(1e-9, results['real text']['distinct_4'])
+        print(f"gap closed: {report['gap_closed']:.3f} of the way from unigram to real text; distinct-4 {share:.2f} of real text's")
+    if paired:
+        hyps, refs = sets['samples'][0], [t['target'] for t in texts]
+        report |= dict(bleu=bleu(hyps, refs), bleu_cased=bleu(hyps, refs, cased=True)) | rouge(hyps, refs)
+        print(f"BLEU {report['bleu']:.2f} (cased {report['bleu_cased']:.2f}), "
+              f"ROUGE-1/2/L {report['rouge1']:.2f} / {report['rouge2']:.2f} / {report['rougeL']:.2f}")
+    line = json.dumps(json.loads(json.dumps(report), parse_constant=lambda nan: None))      # JSON has no nan: null
+    with open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8') as f:
+        f.write(line + '\n')
     print(line)
