@@ -13,8 +13,8 @@ DEMO_SAMPLES ?= 200
 demo: .venv/ready
 	.venv/bin/python prepare.py
 	.venv/bin/python train.py config/demo.py $(DEMO)
-	.venv/bin/python sample.py --out_dir=out/demo --num_samples=8 --trace=8
-	.venv/bin/python eval.py --out_dir=out/demo --dataset=pydocs --judge=ngram --num_samples=$(DEMO_SAMPLES)
+	.venv/bin/python sample.py --out_dir=out/demo --num_samples=8 --trace=8 --dtype=float32
+	.venv/bin/python eval.py --out_dir=out/demo --dataset=pydocs --judge=ngram --num_samples=$(DEMO_SAMPLES) --batch_size=50 --eval_iters=5 --dtype=float32
 	@echo
 	@echo "the model is in out/demo/ckpt.pt, its losses in out/demo/loss.png and metrics.jsonl, texts in out/demo/samples.jsonl"
 	@echo "try next:  .venv/bin/python sample.py --out_dir=out/demo --seed=7 --steps=64 --trace=12"
