@@ -313,7 +313,6 @@ if __name__ == '__main__':
         os.replace(file + '.tmp', file)
         print(f"{len(texts)} texts in {file}, {report['seconds']:.1f} s, {report['nfe']} forward passes each (NFE): "
               + ', '.join(f'{k}={v}' for k, v in how.items()))
-    torch.set_float32_matmul_precision('highest')       # the judge is float32, not TF32
 
     # reference rows: real validation text, and tokens drawn one by one from the training text, in texts of the same lengths
     sets, ngram = {'samples': ([t['generated'] for t in texts], ids)}, None

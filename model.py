@@ -377,6 +377,8 @@ class TextEncoder(nn.Module):
     def __init__(self, name, latent_mean=0.0, latent_std=1.0):
         super().__init__()
         from transformers import AutoModelForTextEncoding
+        from transformers.utils import logging
+        logging.disable_progress_bar()      # of the loading of a few tensors
         try:
             self.model = AutoModelForTextEncoding.from_pretrained(name, dtype=torch.float32)
         except (OSError, ValueError) as e:

@@ -157,6 +157,8 @@ def sha256(path):
 
 if __name__ == '__main__':
     from transformers import AutoTokenizer
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     configure(globals())
     for key, value, low in (('max_length', max_length, 4), ('encoder_dim', encoder_dim, 4), ('encoder_layers', encoder_layers, 1), ('vocab_size', vocab_size, 260), ('seed', seed, 0)):
         if value < low:

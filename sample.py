@@ -47,7 +47,6 @@ def pick_device(device, dtype):
         raise UserError(f"dtype={dtype!r} is not one of 'auto', 'float32', 'bfloat16'")
     bf16 = fast if dtype == 'auto' else dtype == 'bfloat16'
     why = 'as asked' if dtype != 'auto' else 'fast here' if fast else 'no fast bfloat16 here'
-    torch.set_float32_matmul_precision('high' if bf16 else 'highest')
     return device, torch.autocast(kind, torch.bfloat16, enabled=bf16), f"{device} ({name}), {'bfloat16 autocast' if bf16 else 'float32'} ({why})"
 
 

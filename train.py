@@ -379,11 +379,11 @@ if __name__ == '__main__':
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
 
     # ---- model: from scratch, resumed, or from published weights ------------------------------------------------------
-    torch.manual_seed(seed)
     text_encoder = TextEncoder(meta['encoder'], meta['latent_mean'], meta['latent_std']).to(device)
     if text_encoder.latent_dim != meta['latent_dim']:
         raise UserError(f"encoder {meta['encoder']} is {text_encoder.latent_dim} wide, {meta['dir']} was made with one of {meta['latent_dim']}")
     iter_num = 0
+    torch.manual_seed(seed)
     if init_from in ('scratch', 'resume'):
         raw_model = ELF(ELFConfig(**model_args))
     else:

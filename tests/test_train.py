@@ -2,11 +2,13 @@
 The training loop: Muon against optax, resume bit for bit, ranks against accumulation, learning, and a user's mistakes.
     python -m pytest -q tests/test_train.py
 """
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -14,8 +16,8 @@ import torch
 from conftest import ROOT
 
 import train
-from configurator import UserError
-from model import ELF, load_checkpoint
+from configurator import UserError, settings_of
+from model import ELF, MODELS, ELFConfig, load_checkpoint
 
 GOLDEN = os.path.join(ROOT, 'tests', 'golden')
 
@@ -115,7 +117,7 @@ def test_two_ranks_equal_one_and_each_bucket_is_reduced_once(tiny, tmp_path):
     for k in a['model']:
         assert torch.allclose(a['model'][k], b['model'][k], rtol=1e-4, atol=1e-5), k
     for x, y in zip(metrics(tmp_path / '1'), metrics(tmp_path / '2')):
-        assert x['iter'] == y['iter'] and all(abs(x[k] - y[k]) < 1e-4 for k in ('loss', 'grad_norm') if k in x)
+        assert x['iter'] == y['iter'] and all(abs(x[k] - y[k]) < 1e-4 for k in ('loss', 'grad_norm', 'val_loss', 'val_l2') if k in x)
     for rank in '01':
         reduced = json.loads((tmp_path / f'count2.{rank}').read_text())
         assert sum(last for _, last in reduced) == 3, 'one reduction per optimizer step'
@@ -138,6 +140,53 @@ def test_it_learns_and_samples(run, tiny, tmp_path):
     assert len(texts) == 6 and len(letters) > 40 and sum(ch in 'abcd' for ch in letters) > 0.9 * len(letters)
     ema, raw = ELF.from_pretrained(str(tmp_path)), load_checkpoint(str(tmp_path / 'ckpt.pt'))['model']
     assert not same(dict(ema.state_dict()), raw) and ema.config.steps == 4
+
+
+def test_ema_moves_as_said_and_the_checkpoint_holds_every_setting(run, tiny, tmp_path):
+    run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=1', '--warmup_iters=0', '--ema_warmup=false', '--ema_decay=0.75', '--seed=3')
+    ckpt = load_checkpoint(str(tmp_path / 'ckpt.pt'))
+    torch.manual_seed(3)
+    for k, start in ELF(ELFConfig(**ckpt['model_args'])).state_dict().items():
+        assert torch.allclose(ckpt['ema'][k], 0.75 * start + 0.25 * ckpt['model'][k], atol=1e-6), k
+        assert not torch.equal(start, ckpt['model'][k]) or k == 'final_layer.norm_final.weight', k     # behind the head that starts at 0
+    assert ckpt['config'].keys() == settings_of(os.path.join(ROOT, 'train.py')).keys()
+
+
+def test_each_setting_has_one_default_and_is_read():
+    """train.py's defaults are those of ELF-B, and no script has a setting that nothing reads."""
+    for f in fields(ELFConfig):
+        if hasattr(train, f.name) and getattr(train, f.name) not in (-1, ''):
+            assert getattr(train, f.name) == getattr(MODELS['ELF-B'], f.name), f.name
+    model_settings = {f.name for f in fields(ELFConfig)}       # these train.py hands over by name, all at once
+    for script in ('train.py', 'sample.py', 'eval.py', 'prepare.py', 'bench.py'):
+        tree = ast.parse(open(os.path.join(ROOT, script)).read())
+        read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} | {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        assert not set(settings_of(os.path.join(ROOT, script))) - read - (model_settings if script == 'train.py' else set()), script
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(tiny, tmp_path):
+    """A file-size limit stands for a full disk: one line, exit code 1, ckpt.pt as it was, no half-written file."""
+    args = [sys.executable, os.path.join(ROOT, 'train.py'), *tiny, f'--out_dir={tmp_path}']
+    assert subprocess.run([*args, '--max_iters=1'], capture_output=True).returncode == 0
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    limit = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([sys.executable, '-c', limit, *args[1:], '--init_from=resume', '--max_iters=2'], capture_output=True, text=True, cwd=ROOT, env=os.environ | {'PYTHONPATH': ROOT})
+    assert done.returncode == 1 and 'what was there before is intact' in done.stderr and 'Traceback' not in done.stderr
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before and not (tmp_path / 'ckpt.pt.tmp').exists()
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='reads /proc')
+def test_reading_a_large_bin_does_not_grow_resident(tmp_path):
+    rows, width = 60_000, 1000      # 120 MB
+    np.zeros(rows * width, dtype=np.uint16).tofile(tmp_path / 'train.bin')
+    np.save(tmp_path / 'train.idx.npy', np.repeat(np.arange(rows)[:, None] * width, 2, axis=1))
+    meta = dict(dir=str(tmp_path), dtype='uint16', vocab_size=99, pad_id=0, eos_id=1)
+    resident = lambda: int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    list(train.get_rows(meta, 'train', range(64), width))
+    before = resident()
+    for first in range(0, rows, 1000):
+        list(train.get_rows(meta, 'train', range(first, first + 1000, 5), width))
+    assert resident() - before < 30e6
 
 
 def test_adamw_and_starting_from_weights(run, tiny, tmp_path):
@@ -206,3 +255,19 @@ def test_ranks_must_divide_and_errors_are_one_line(tiny, tmp_path):
     env = os.environ | {'WORLD_SIZE': '3', 'RANK': '0'}
     done = subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), *tiny, f'--out_dir={tmp_path}'], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'do not divide over 3 ranks' in done.stderr
+
+
+def test_commands_in_the_documents_exist():
+    """Every `script.py ... --setting=` in README, Makefile, configs and docstrings names a file and a setting that are there."""
+    import glob
+    seen = 0
+    for document in ['README.md', 'Makefile', '.ci/run', *glob.glob('config/*.py', root_dir=ROOT), *glob.glob('*.py', root_dir=ROOT)]:
+        for line in open(os.path.join(ROOT, document), encoding='utf-8'):
+            for script, rest in re.findall(r'(?:python|torchrun[^|]*?) (\w+\.py)((?: [\w./]+\.py| --\w+=\S+)*)', line):
+                known = settings_of(os.path.join(ROOT, script))
+                for flag in re.findall(r'--(\w+)=', rest):
+                    assert flag in known, (document, line)
+                for file in re.findall(r' (config/\w+\.py)', rest):
+                    assert os.path.exists(os.path.join(ROOT, file)), (document, line)
+                seen += 1
+    assert seen > 25
