@@ -65,7 +65,8 @@ def read_text(path):
 def split_text(text, fraction, seed):
     """Blocks of whole paragraphs, about 2,000 characters, a seeded share of them for validation -> train text, val text."""
     blocks, size = [[]], 0
-    for paragraph in re.split(r'(?<=\n)(?=\S)', text):
+    starts = r'(?<=\n)(?=\S)' if '\n' in text.strip() else r'(?<=\s)(?=\S)'      # of lines; in one endless line, of words
+    for paragraph in re.split(starts, text):
         blocks[-1].append(paragraph)
         size += len(paragraph)
         if size >= 2000:
@@ -97,9 +98,11 @@ def train_tokenizer(text, level, size):
 def pack_rows(text, tokenizer, max_length):
     """Running text in rows of at most max_length tokens, as full as words allow, each closed by EOS; yields (condition, ids), the condition empty."""
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, starts = coded['input_ids'], [a for a, _ in coded['offset_mapping']]
-    word = [a == 0 or text[a - 1].isspace() or text[a].isspace() for a in starts]      # a row may end before this token
-    space = [text[a:b].isspace() for a, b in coded['offset_mapping']]
+    # a '</s>' or '<pad>' that the text itself spells out is left out: it would end the row early
+    kept = [k for k, i in enumerate(coded['input_ids']) if i not in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
+    ids, spans = [coded['input_ids'][k] for k in kept], [coded['offset_mapping'][k] for k in kept]
+    word = [a == 0 or text[a - 1].isspace() or text[a].isspace() for a, _ in spans]    # a row may end before this token
+    space = [text[a:b].isspace() for a, b in spans]
     i = 0
     while i < len(ids):
         if space[i]:
@@ -137,11 +140,13 @@ def write_split(folder, split, rows, dtype, vocab_size):
     return len(index) // 2, at, longest
 
 
-def measure_latents(encoder_name, folder, dtype, pad_id):
+def measure_latents(encoder_name, folder, dtype, vocab_size):
     """Mean and standard deviation of the raw encoder outputs over up to 512 rows spread over train.bin -> two floats, width C."""
     data = np.fromfile(os.path.join(folder, 'train.bin'), dtype=dtype)
     index = np.load(os.path.join(folder, 'train.idx.npy'))[:, 0].tolist() + [len(data)]
     text_encoder, count, total, square = TextEncoder(encoder_name), 0, 0.0, 0.0
+    if text_encoder.model.config.vocab_size < vocab_size:
+        raise UserError(f"encoder {encoder_name} knows {text_encoder.model.config.vocab_size} ids, the tokenizer has {vocab_size}; take the encoder's own tokenizer")
     for r in np.unique(np.linspace(0, len(index) - 2, 512).astype(int)):
         ids = torch.from_numpy(data[index[r]:index[r + 1]].astype(np.int64))[None]
         x = text_encoder(ids, torch.ones_like(ids)).double()
@@ -165,8 +170,15 @@ if __name__ == '__main__':
             raise UserError(f"{key}={value}: must be at least {low}")
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction}: must lie between 0 and 1")
+    if latent_std < 0 or latent_mean and not latent_std:
+        raise UserError(f"latent_mean={latent_mean}, latent_std={latent_std}: give both, the latter above 0, or neither to measure them")
     name = name or os.path.splitext(os.path.basename(dataset))[0]
+    if name != os.path.basename(name) or name in ('', '.', '..'):
+        raise UserError(f"name={name!r}: must be one folder's name, without slashes; --data_dir says where")
     final = os.path.join(data_dir, name)
+    old = os.path.join(data_dir, f'.{name}.old')
+    if os.path.isdir(old) and not os.path.exists(final):
+        os.replace(old, final)      # a kill between the two renames at the end left only this
     if os.path.isdir(final) and os.listdir(final) and not os.path.exists(os.path.join(final, 'meta.json')):
         raise UserError(f"{final} is there already and holds no bins (no meta.json); choose another --name")
 
@@ -179,11 +191,11 @@ if __name__ == '__main__':
     if letters_only:        # the newlines were needed for the split
         texts = {split: re.sub(r'\s+', ' ', t).strip() for split, t in texts.items()}
     if min(len(t.split()) for t in texts.values()) < 2:
-        raise UserError(f"{dataset} has {found} characters, too little for a train and a validation text; give at least some 5,000")
+        left = f", {len(text.strip())} after keeping a-z (--letters_only=false keeps all)" if letters_only else ''
+        raise UserError(f"{dataset} has {found} characters{left}, too little for a train and a validation text; give at least some 5,000")
 
     # ---- tokenizer, encoder, bins: in a folder of another name until all is there ---------------------------------------
-    folder = os.path.join(data_dir, f'.{name}.tmp')
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = os.path.join(data_dir, f'.{name}.tmp-{os.getpid()}')
     os.makedirs(folder)
     try:
         if tokenizer:
@@ -203,7 +215,7 @@ if __name__ == '__main__':
         else:
             encoder_path = os.path.join(folder, 'encoder')
             random_encoder(len(tok), encoder_dim, encoder_layers, seed).save_pretrained(encoder_path)
-        mean, std, latent_dim = measure_latents(encoder_path, folder, dtype, tok.pad_token_id)
+        mean, std, latent_dim = measure_latents(encoder_path, folder, dtype, len(tok))
         measured = f"measured mean {mean:.4f}, std {std:.4f}"
         if latent_std:
             mean, std = latent_mean, latent_std
@@ -219,9 +231,8 @@ if __name__ == '__main__':
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    old = os.path.join(data_dir, f'.{name}.old')
-    shutil.rmtree(old, ignore_errors=True)
     if os.path.isdir(final):
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
     os.replace(folder, final)
     shutil.rmtree(old, ignore_errors=True)

@@ -89,6 +89,25 @@ def test_words_longer_than_a_row_are_cut():
     assert [tok.decode(ids[:-1]) for _, ids in prepare.pack_rows('abcabcabc d  ab', tok, 5)] == ['abca', 'bcab', 'c d', 'ab']
 
 
+def test_end_tokens_spelled_out_in_the_text_do_not_end_rows():
+    tok = prepare.train_tokenizer('ab </s><pad>', 'chars', 0)
+    assert [ids.count(1) for _, ids in prepare.pack_rows('ab</s>ab <pad> ab', tok, 50)] == [1]
+    assert list(prepare.pack_rows('</s>', tok, 50)) == []
+
+
+def test_one_endless_line_is_split_at_words(text):
+    a, b = prepare.split_text(' '.join(text.split()), 0.2, 0)
+    assert sorted((a + ' ' + b).split()) == sorted(text.split()) and 0.1 < len(b) / len(a + b) < 0.35
+
+
+def test_a_killed_swap_is_mended(run, tmp_path, text):
+    _, meta = prepared(run, tmp_path, text)
+    os.replace(tmp_path / 'data' / 'my', tmp_path / 'data' / '.my.old')
+    with pytest.raises(UserError, match='after keeping a-z'):
+        prepared(run, tmp_path, 'Ж' * 9000)
+    assert train.open_bins(str(tmp_path / 'data'), 'my') == meta
+
+
 def test_rows_stream_and_ids_are_checked(tmp_path):
     n, tokens, longest = prepare.write_split(tmp_path, 'train', (([5, 1], [i, 1]) for i in range(3, 9)), 'uint16', 9)
     assert (n, tokens, longest) == (6, 24, 4)
@@ -109,7 +128,8 @@ def test_texts_that_are_refused_leave_the_old_bins(run, tmp_path, text, content,
 
 
 @pytest.mark.parametrize('arg, says', [('--tokenizer=./none', 'tokenizer'), ('--encoder=./none', 'text encoder'), ('--max_length=2', 'at least 4'),
-                                       ('--token_level=words', 'token_level'), ('--val_fraction=1.5', 'val_fraction')])
+                                       ('--token_level=words', 'token_level'), ('--val_fraction=1.5', 'val_fraction'),
+                                       ('--latent_mean=0.5', 'give both'), ('--latent_std=-1', 'give both'), ('--name=a/b', 'without slashes')])
 def test_settings_that_are_refused(run, tmp_path, text, arg, says):
     with pytest.raises(UserError, match=says):
         prepared(run, tmp_path, text, arg)
