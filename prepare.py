@@ -4,6 +4,8 @@ Text to tokenised, memory-mapped bins: data/<name>/{train,val}.bin, {train,val}.
     python prepare.py                                       # the embedded demo corpus, seconds, no download
     python prepare.py --dataset=my.txt --letters_only=false --max_length=64
     python prepare.py --dataset=my.txt --letters_only=false --max_length=256 --tokenizer=t5-small --encoder=t5-small
+    python prepare.py --dataset=pairs.jsonl --tokenizer=t5-small --encoder=t5-small     # {"input": "...", "output": "..."} a line
+    python prepare.py --dataset=openwebtext                 # the published ids, from the hub; also wmt14_de-en, xsum
 """
 import hashlib
 import json
@@ -19,7 +21,9 @@ from configurator import UserError, configure
 from model import TextEncoder
 
 # ---------------------------------------------------------------------------------------------------------------------
-dataset = 'pydocs'          # 'pydocs', the language reference inside every Python, or the path of a .txt file in UTF-8
+dataset = 'pydocs'          # 'pydocs', the language reference inside every Python; a .txt or .jsonl file or a folder of them; a save_to_disk
+                            # folder or hub id with input_ids; or 'openwebtext', 'wmt14_de-en', 'xsum', as published
+val_dataset = ''            # ids for validation from another save_to_disk folder or hub id, '' = val_fraction of the rows
 name = ''                   # folder under data_dir, '' = the dataset's name
 data_dir = 'data'
 letters_only = True         # keep lower-case a-z and single spaces, 27 symbols, the easiest text to learn; false = all of it
@@ -35,6 +39,14 @@ latent_mean = 0.0           # of the encoder's outputs, taken off the latents;
 latent_std = 0.0            # 0.0 = measure both (t5-small: the published 0.0 and 0.2)
 seed = 0
 # ---------------------------------------------------------------------------------------------------------------------
+
+# the official pre-tokenised sets on the hub, in ids of t5-small
+PUBLISHED = {
+    'openwebtext': dict(dataset='embedded-language-flows/openwebtext-t5', val_fraction=0.0005),      # 9,737,184 rows of 850-1020 tokens
+    'wmt14_de-en': dict(dataset='embedded-language-flows/wmt14_de-en_train_t5', val_dataset='embedded-language-flows/wmt14_de-en_validation_t5'),
+    'xsum': dict(dataset='embedded-language-flows/xsum_train_t5', val_dataset='embedded-language-flows/xsum_validation_t5'),
+}
+
 
 def pydocs_text():
     """The prose of pydoc_data.topics: no code, grammar, tables or headings; one paragraph a line, blank lines between."""
@@ -60,6 +72,71 @@ def read_text(path):
     except UnicodeDecodeError as e:
         line = data.count(b'\n', 0, e.start) + 1
         raise UserError(f"{path}, line {line}: byte {data[e.start]:#04x} is not UTF-8; save the file as UTF-8") from None
+
+
+def read_documents(path):
+    """
+    A .txt or .jsonl file, or a folder of them -> texts, pairs: lists of str and of (input, target). A line of .jsonl has 'text', or
+    'input' (or 'source') and 'output' (or 'target'). UserError names file and line.
+    """
+    texts, pairs, files = [], [], [path]
+    if os.path.isdir(path):
+        files = sorted(os.path.join(path, f) for f in os.listdir(path) if f.endswith(('.txt', '.jsonl')))
+    for file in files:
+        if not file.endswith('.jsonl'):
+            texts.append(read_text(file))
+            continue
+        for n, line in enumerate(read_text(file).split('\n'), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                pair = [next((row[k] for k in keys if k in row), None) for keys in (('input', 'source'), ('output', 'target'))]
+                text = row.get('text')
+            except (ValueError, TypeError, AttributeError, RecursionError) as e:
+                raise UserError(f"{file}, line {n} is no JSON object ({e}): {line[:60]!r}") from None
+            if all(isinstance(part, str) for part in pair):
+                pairs.append(tuple(pair))
+            elif isinstance(text, str):
+                texts.append(text)
+            else:
+                raise UserError(f"{file}, line {n} needs 'text', or 'input' and 'output' (or 'source' and 'target'), as text: {line[:60]!r}")
+    if bool(texts) == bool(pairs):
+        raise UserError(f"{path} has {'both texts and pairs, give one kind' if texts else 'no .txt or .jsonl text in it'}")
+    return texts, pairs
+
+
+def open_saved(source):
+    """A save_to_disk folder, here or on the hub -> datasets.Dataset, memory-mapped, with a column input_ids."""
+    from datasets import Dataset, load_from_disk
+    try:
+        if not os.path.isdir(source):
+            from huggingface_hub import snapshot_download
+            source = snapshot_download(source, repo_type='dataset')
+        saved = load_from_disk(source)
+    except Exception as e:      # the clients have a dozen kinds
+        raise UserError(f"dataset {source!r} is no .txt, .jsonl or save_to_disk folder here, and the hub did not give it: {type(e).__name__}: {str(e).strip().splitlines()[0]}") from None
+    if not isinstance(saved, Dataset) or 'input_ids' not in saved.column_names:
+        have = list(saved) if not isinstance(saved, Dataset) else saved.column_names
+        raise UserError(f"{source} needs a column input_ids and no further splits; it has {', '.join(have)}")
+    return saved
+
+
+def saved_rows(saved, keep=lambda i: True):
+    """(condition ids, target ids) of the rows number i with keep(i), as arrays; a thousand at a time, so memory stays flat."""
+    def column(batch, name):
+        if name not in saved.column_names:
+            return [()] * len(batch)
+        values = batch[name].combine_chunks()
+        if values.null_count or values.flatten().null_count:
+            raise UserError(f"column {name} has empty cells")
+        return np.split(values.flatten().to_numpy(), np.cumsum(values.value_lengths().to_numpy())[:-1])
+    first = 0
+    for batch in saved.with_format('arrow').iter(1000):
+        for i, pair in enumerate(zip(column(batch, 'condition_input_ids'), column(batch, 'input_ids')), first):
+            if keep(i):
+                yield pair
+        first += len(batch)
 
 
 def split_text(text, fraction, seed):
@@ -130,7 +207,7 @@ def write_split(folder, split, rows, dtype, vocab_size):
     index, at, longest = array('q'), 0, 0
     with open(os.path.join(folder, f'{split}.bin'), 'wb') as f:
         for cond, target in rows:
-            ids = np.asarray([*cond, *target], dtype=np.int64)
+            ids = np.concatenate((cond, target)).astype(np.int64)
             if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
                 raise UserError(f"row {len(index) // 2} of {split} has token id {ids.max() if ids.max() >= vocab_size else ids.min()}, the vocabulary has {vocab_size}; is it this tokenizer's?")
             f.write(ids.astype(dtype).tobytes())
@@ -142,7 +219,7 @@ def write_split(folder, split, rows, dtype, vocab_size):
 
 def measure_latents(encoder_name, folder, dtype, vocab_size):
     """Mean and standard deviation of the raw encoder outputs over up to 512 rows spread over train.bin -> two floats, width C."""
-    data = np.fromfile(os.path.join(folder, 'train.bin'), dtype=dtype)
+    data = np.memmap(os.path.join(folder, 'train.bin'), dtype=dtype, mode='r')
     index = np.load(os.path.join(folder, 'train.idx.npy'))[:, 0].tolist() + [len(data)]
     text_encoder, count, total, square = TextEncoder(encoder_name), 0, 0.0, 0.0
     if text_encoder.model.config.vocab_size < vocab_size:
@@ -155,12 +232,22 @@ def measure_latents(encoder_name, folder, dtype, vocab_size):
     return mean, (square / count - mean**2) ** 0.5, text_encoder.latent_dim
 
 
+def write_references(folder, rows):
+    """The texts of conditional validation rows, (input, target) or dicts with both -> folder/val.jsonl; nothing if the set has none."""
+    if isinstance(rows, list) or {'input', 'target'} <= set(rows.column_names):
+        with open(os.path.join(folder, 'val.jsonl'), 'w', encoding='utf-8') as f:
+            for row in rows:
+                a, b = row if isinstance(row, tuple) else (row['input'], row['target'])
+                f.write(json.dumps(dict(input=a, target=b), ensure_ascii=False) + '\n')
+
+
 def sha256(path):
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(f.read()).hexdigest()
 
 
 if __name__ == '__main__':
+    from tqdm import tqdm
     from transformers import AutoTokenizer
     from transformers.utils import logging
     logging.disable_progress_bar()
@@ -172,7 +259,11 @@ if __name__ == '__main__':
         raise UserError(f"val_fraction={val_fraction}: must lie between 0 and 1")
     if latent_std < 0 or latent_mean and not latent_std:
         raise UserError(f"latent_mean={latent_mean}, latent_std={latent_std}: give both, the latter above 0, or neither to measure them")
-    name = name or os.path.splitext(os.path.basename(dataset))[0]
+    name = name or os.path.splitext(os.path.basename(dataset.rstrip('/')))[0]
+    asked = dataset
+    if dataset in PUBLISHED:
+        globals().update(PUBLISHED[dataset])
+        tokenizer, encoder = tokenizer or 't5-small', encoder or 't5-small'
     if name != os.path.basename(name) or name in ('', '.', '..'):
         raise UserError(f"name={name!r}: must be one folder's name, without slashes; --data_dir says where")
     final = os.path.join(data_dir, name)
@@ -182,17 +273,51 @@ if __name__ == '__main__':
     if os.path.isdir(final) and os.listdir(final) and not os.path.exists(os.path.join(final, 'meta.json')):
         raise UserError(f"{final} is there already and holds no bins (no meta.json); choose another --name")
 
-    # ---- text ---------------------------------------------------------------------------------------------------------
-    text = pydocs_text() if dataset == 'pydocs' else read_text(dataset)
-    found = len(text)
-    if letters_only:
-        text = re.sub(r'[^a-z\n]+', ' ', text.lower())
-    texts = dict(zip(('train', 'val'), split_text(text, val_fraction, seed)))
-    if letters_only:        # the newlines were needed for the split
-        texts = {split: re.sub(r'\s+', ' ', t).strip() for split, t in texts.items()}
-    if min(len(t.split()) for t in texts.values()) < 2:
-        left = f", {len(text.strip())} after keeping a-z (--letters_only=false keeps all)" if letters_only else ''
-        raise UserError(f"{dataset} has {found} characters{left}, too little for a train and a validation text; give at least some 5,000")
+    # ---- source: running text, pairs, or ids -----------------------------------------------------------------------------
+    texts = pairs = saved = None
+    k = max(2, round(1 / val_fraction))
+    is_val = lambda i: i % k == k - 1       # rows set aside, spread evenly
+    if dataset == 'pydocs':
+        texts = [pydocs_text()]
+    elif dataset.endswith(('.txt', '.jsonl')) or os.path.isdir(dataset) and any(f.endswith(('.txt', '.jsonl')) for f in os.listdir(dataset)):
+        texts, pairs = read_documents(dataset)
+    else:
+        saved = open_saved(dataset)
+        val_saved = open_saved(val_dataset) if val_dataset else None
+        if not tokenizer:
+            raise UserError(f"{dataset} holds ids; name the tokenizer they are from, for example --tokenizer=t5-small")
+        found = f"{len(saved):,} rows" + (f" and {len(val_saved):,}" if val_saved else '')
+        if min(len(saved), len(val_saved) if val_saved else len(saved) // k) < 1:
+            raise UserError(f"{dataset} has {found}, too few for a train and a validation split")
+    if pairs:
+        found = f"{len(pairs):,} pairs"
+        if len(pairs) < k:
+            raise UserError(f"{dataset} has {found}, too few to set 1 in {k} aside; raise --val_fraction or give more")
+        train_text = '\n'.join(part for i, pair in enumerate(pairs) if not is_val(i) for part in pair)
+    if texts:
+        text = '\n\n'.join(texts)
+        count = len(text)
+        found = f"{count:,} characters"
+        if letters_only:
+            text = re.sub(r'[^a-z\n]+', ' ', text.lower())
+        texts = dict(zip(('train', 'val'), split_text(text, val_fraction, seed)))
+        if letters_only:        # the newlines were needed for the split
+            texts = {split: re.sub(r'\s+', ' ', t).strip() for split, t in texts.items()}
+            found += f", {sum(map(len, texts.values())):,} after keeping a-z and spaces"
+        if min(len(t.split()) for t in texts.values()) < 2:
+            left = f", {len(text.strip())} after keeping a-z (--letters_only=false keeps all)" if letters_only else ''
+            raise UserError(f"{dataset} has {count} characters{left}, too little for a train and a validation text; give at least some 5,000")
+        train_text = texts['train']
+
+    def rows_of(split, tok):
+        """(condition ids, target ids) of a split, streamed."""
+        mine = lambda i: is_val(i) == (split == 'val')
+        if saved:
+            return saved_rows(val_saved if split == 'val' else saved) if val_saved else saved_rows(saved, mine)
+        if texts:
+            return pack_rows(texts[split], tok, max_length)
+        code = lambda t: tok(t, add_special_tokens=False)['input_ids'] + [tok.eos_token_id]
+        return ((code(a), code(b)) for i, (a, b) in enumerate(pairs) if mine(i))
 
     # ---- tokenizer, encoder, bins: in a folder of another name until all is there ---------------------------------------
     folder = os.path.join(data_dir, f'.{name}.tmp-{os.getpid()}')
@@ -206,10 +331,13 @@ if __name__ == '__main__':
             if not tok.is_fast or tok.pad_token_id is None or tok.eos_token_id is None:
                 raise UserError(f"tokenizer {tokenizer!r} has no pad or EOS token, or no fast version; take a T5 one")
         else:
-            tok = train_tokenizer(texts['train'], token_level, vocab_size)
+            tok = train_tokenizer(train_text, token_level, vocab_size)
             tok.save_pretrained(os.path.join(folder, 'tokenizer'))
         dtype = 'uint16' if len(tok) <= 65536 else 'uint32'
-        counts = {split: write_split(folder, split, pack_rows(t, tok, max_length), dtype, len(tok)) for split, t in texts.items()}
+        counts = {split: write_split(folder, split, tqdm(rows_of(split, tok), desc=split, unit=' rows', disable=None), dtype, len(tok)) for split in ('train', 'val')}
+        conditional = bool(pairs) or saved is not None and 'condition_input_ids' in saved.column_names
+        if conditional:     # validation texts, for eval.py's BLEU and ROUGE
+            write_references(folder, [pair for i, pair in enumerate(pairs) if is_val(i)] if pairs else val_saved or saved.select(range(k - 1, len(saved), k)))
         if encoder:
             encoder_path = encoder
         else:
@@ -225,7 +353,7 @@ if __name__ == '__main__':
         meta = dict(format=1, dtype=dtype, tokenizer=tokenizer or 'tokenizer', vocab_size=len(tok), pad_id=tok.pad_token_id, eos_id=tok.eos_token_id,
                     encoder=encoder or 'encoder', latent_mean=mean, latent_std=std, latent_dim=latent_dim, max_length=max(n for _, _, n in counts.values()),
                     rows={s: n for s, (n, _, _) in counts.items()}, tokens={s: n for s, (_, n, _) in counts.items()},
-                    checksums={f: sha256(os.path.join(folder, f)) for f in files}, source=dict(dataset=dataset, characters=found, letters_only=letters_only, seed=seed))
+                    checksums={f: sha256(os.path.join(folder, f)) for f in files}, conditional=conditional, source=dict(dataset=dataset, val_dataset=val_dataset, found=found, letters_only=bool(texts) and letters_only, seed=seed))
         with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
             json.dump(meta, f, indent=1)
     except BaseException:
@@ -238,11 +366,14 @@ if __name__ == '__main__':
     shutil.rmtree(old, ignore_errors=True)
 
     # ---- what you should have now -----------------------------------------------------------------------------------------
-    print(f"{dataset}: {found:,} characters" + (f", {sum(map(len, texts.values())):,} after keeping a-z and spaces" if letters_only else ''))
+    print(f"{dataset}: {found}")
     for split, (n, tokens, longest) in counts.items():
         size = os.path.getsize(os.path.join(final, f'{split}.bin'))
         print(f"{os.path.join(final, split)}.bin: {n:,} rows of at most {longest} tokens, {tokens:,} tokens, {size:,} bytes")
-        ids = np.fromfile(os.path.join(final, f'{split}.bin'), dtype=dtype, count=longest)
-        print(f"  first row: {tok.decode(ids[:ids.tolist().index(tok.eos_token_id)].tolist())!r}")
+        index = np.load(os.path.join(final, f'{split}.idx.npy'), mmap_mode='r')
+        end = index[1, 0] if n > 1 else tokens
+        ids = np.fromfile(os.path.join(final, f'{split}.bin'), dtype=dtype, count=end).tolist()
+        print(f"  first row: " + ' -> '.join(repr(tok.decode(part, skip_special_tokens=True)[:100]) for part in (ids[:index[0, 1]], ids[index[0, 1]:]) if part))
     print(f"tokenizer: {tokenizer or token_level}, {len(tok)} ids; encoder: {encoder or 'random weights'}, {latent_dim} wide, {measured}; used {mean:.4f}, {std:.4f}")
-    print("next: python train.py config/demo.py" + (f" --dataset={name} --max_length={meta['max_length']} --out_dir=out/{name}" if dataset != 'pydocs' else ''))
+    print("next: python train.py config/demo.py" + (f" --dataset={name} --max_length={meta['max_length']} --out_dir=out/{name}" if dataset != 'pydocs' else '') if not conditional and asked not in PUBLISHED else
+          f"next: a config like config/wmt14_de_en_elf_b.py with dataset = {name!r}" if conditional else 'next: torchrun --nproc_per_node=8 train.py config/owt_elf_b.py')

@@ -358,6 +358,9 @@ if __name__ == '__main__':
             raise UserError(f"{meta['dir']} was made with {part} {meta[part]}, this run asks for {config[part]}; prepare it again or drop --{part}")
     if meta['max_length'] > max_length and not max_input_length:
         raise UserError(f"{meta['dir']} has rows of {meta['max_length']} tokens, max_length is {max_length}; raise it or prepare shorter rows")
+    if bool(meta.get('conditional')) != bool(max_input_length):
+        raise UserError(f"{meta['dir']} has {'conditions' if meta.get('conditional') else 'no conditions'}, max_input_length is {max_input_length}; "
+                        + ('give the number of condition tokens to keep' if meta.get('conditional') else 'set it to 0'))
     micro_steps = gradient_accumulation_steps // world
     rows_per_step = batch_size * gradient_accumulation_steps
     if max_epochs:
