@@ -4,6 +4,7 @@ Write text: noise at t=0, a few dozen steps along the learned flow, tokens at t=
     python sample.py                                    # the model in out/, with its task's settings
     python sample.py --steps=64 --gamma=1.0 --trace=8   # watch the text come out of the noise
     python sample.py --init_from=embedded-language-flows/ELF-B-owt-torch --num_samples=4
+    python sample.py --init_from=embedded-language-flows/ELF-B-de-en-torch --input="Guten Morgen"
 """
 import json
 import os
@@ -12,12 +13,14 @@ import numpy as np
 import torch
 
 from configurator import UserError, configure
-from model import ELF
+from model import ELF, TextEncoder
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model of this folder's ckpt.pt (EMA); samples.jsonl is written here
 init_from = ''              # instead: a published checkpoint, file, folder or hub id
-num_samples = 8
+num_samples = 8             # texts; with conditions, one for each of them
+input = ''                  # condition of a conditional model (translation, summary)
+input_file = ''             # or many: a .jsonl with 'input' (or 'source') a line
 batch_size = 16             # rows sampled at once; changes memory and speed, not the texts
 steps = -1                  # forward passes per text, -1 = the checkpoint's default, as below
 sampler = ''                # 'ode' or 'sde' (re-noises a little before each step), '' = the default
@@ -162,31 +165,61 @@ def load_tokenizer(config):
 
 
 def sample_texts(model, tokenizer, num_samples, batch_size, seed, device, steps, sampler, gamma, w, cfg, grid, trace=0,
-                 rank=0, world=1, progress=None):
+                 rank=0, world=1, progress=None, inputs=None, encoder=None):
     """
-    Unconditional texts number rank, rank + world, ... below num_samples -> list of {'id', 'generated', 'ids'}; ids are
-    cut at the first EOS. Grid, first noise and SDE noise of text i come from (seed, i) alone. trace: print the first
-    text at that many moments. progress: called with each batch's row count.
+    Texts number rank, rank + world, ... below num_samples -> list of {'id', 'generated', 'ids'}, with conditions also
+    'input'; ids are cut at the first EOS. Grid, first noise and SDE noise of text i come from (seed, i) alone. trace:
+    print the first text at that many moments. progress: called with each batch's row count. inputs: num_samples
+    conditions, and encoder, the TextEncoder for them; what follows a row's condition is its text [generation.py].
     """
     c, texts, rows = model.config, [], list(range(rank, num_samples, world))
     moments = {round(i) for i in np.linspace(0, steps, trace)} if trace else set()
-    text_of = lambda ids: tokenizer.decode(cut(ids, tokenizer.eos_token_id), skip_special_tokens=True)
 
     def watch(i, t, z):
         if i in moments:
-            print(f"  t={t[0]:.2f} | {printable(text_of(decode_ids(model, z[:1], w)[0].tolist()))[:160]}", flush=True)
+            ids = cut(decode_ids(model, z[:1], w)[0, skip[0]:].tolist(), tokenizer.eos_token_id)
+            print(f"  t={t[0]:.2f} | {printable(tokenizer.decode(ids, skip_special_tokens=True))[:160]}", flush=True)
 
     for first in range(0, len(rows), batch_size):
         part = rows[first:first + batch_size]
         times = torch.stack([time_grid(steps, grid, c, torch.Generator().manual_seed(row_seed(seed, i))) for i in part])
         generators = [torch.Generator(device).manual_seed(row_seed(seed, i)) for i in part]
         z = c.noise_scale * torch.stack([torch.randn(c.max_length, c.latent_dim, generator=g, device=device) for g in generators])
-        z = generate(model, z, times, sampler, gamma, w, cfg, generators=generators, watch=watch if first == 0 and trace else None)
-        for i, ids in zip(part, decode_ids(model, z, w).tolist()):
-            texts.append(dict(id=i, generated=text_of(ids), ids=cut(ids, tokenizer.eos_token_id)))
+        cond, cond_mask, skip, length = None, None, [0] * len(part), c.max_length - c.max_input_length
+        if inputs is not None:
+            coded = [[*tokenizer(inputs[i], add_special_tokens=False)['input_ids'], tokenizer.eos_token_id][:c.max_input_length] for i in part]
+            skip = [len(ids) for ids in coded]
+            cond_mask = (torch.arange(c.max_length) < torch.tensor(skip)[:, None]).to(device)
+            ids = torch.tensor([ids + [tokenizer.pad_token_id] * (c.max_length - len(ids)) for ids in coded], device=device)
+            cond = encoder(ids, cond_mask, cond_mask)
+        z = generate(model, z, times, sampler, gamma, w, cfg, cond, cond_mask, generators=generators, watch=watch if first == 0 and trace else None)
+        for i, drop, ids in zip(part, skip, decode_ids(model, z, w).tolist()):
+            ids = cut(ids[drop:drop + length], tokenizer.eos_token_id)
+            texts.append(dict(id=i, **({} if inputs is None else dict(input=inputs[i])), generated=tokenizer.decode(ids, skip_special_tokens=True), ids=ids))
         if progress:
             progress(len(part))
     return texts
+
+
+def read_inputs(file):
+    """The conditions in a .jsonl -> list of dicts with 'input', in order, and whatever else a line has. UserError names file and line."""
+    rows = []
+    try:
+        with open(file, encoding='utf-8-sig') as f:
+            for n, line in enumerate(f, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    row['input'] = row.get('input', row.get('source'))
+                    if not isinstance(row['input'], str):
+                        raise UserError(f"{file}, line {n} needs a text under 'input' (or 'source'): {line[:60]!r}")
+                    rows.append(row)
+    except OSError as e:
+        raise UserError(f"input_file={file!r} cannot be read: {e.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as e:
+        raise UserError(f"{file}, line {len(rows) + 1} or near is no JSON object in UTF-8: {e}") from None
+    if not rows:
+        raise UserError(f"{file} has no lines")
+    return rows
 
 
 def printable(text):
@@ -207,21 +240,26 @@ if __name__ == '__main__':
         raise UserError(f"num_samples={num_samples}, batch_size={batch_size}, seed={seed}: the first two start at 1, the seed at 0")
     device, ctx, decided = pick_device(device, dtype)
     model = ELF.from_pretrained(init_from or out_dir).to(device)
-    if model.config.max_input_length:
-        raise UserError(f"{init_from or out_dir} is a model with conditions; this script samples without")
-    tokenizer = load_tokenizer(model.config)
+    inputs = [row['input'] for row in read_inputs(input_file)] if input_file else [input] if input else None
+    if bool(inputs) != bool(model.config.max_input_length):
+        raise UserError(f"{init_from or out_dir} is a model with{'' if model.config.max_input_length else 'out'} conditions; "
+                        + ('give --input="..." or --input_file=x.jsonl' if model.config.max_input_length else 'drop --input and --input_file'))
+    tokenizer, encoder = load_tokenizer(model.config), None
+    if inputs:
+        num_samples = len(inputs)
+        encoder = TextEncoder(model.config.encoder, model.config.latent_mean, model.config.latent_std).to(device)
     how = resolve_sampling(model.config, steps, sampler, gamma, w, cfg)
     print(f"device: {decided}\nsampling: {', '.join(f'{k}={v}' for k, v in how.items())}, grid={grid}, length {model.config.max_length}")
     if compile:
         compile_in_place(model, device)
     with ctx, tqdm(total=num_samples, desc='texts', disable=None) as bar:
-        texts = sample_texts(model, tokenizer, num_samples, batch_size, seed, device, grid=grid, trace=trace, progress=bar.update, **how)
+        texts = sample_texts(model, tokenizer, num_samples, batch_size, seed, device, grid=grid, trace=trace, progress=bar.update, inputs=inputs, encoder=encoder, **how)
     for text in texts:
         print(f"--- {text['id']}\n{printable(text['generated'])}")
     os.makedirs(out_dir, exist_ok=True)
     file = os.path.join(out_dir, 'samples.jsonl')
     with open(file + '.tmp', 'w', encoding='utf-8') as f:
         for text in texts:
-            f.write(json.dumps(dict(id=text['id'], generated=text['generated']), ensure_ascii=False) + '\n')
+            f.write(json.dumps({k: v for k, v in text.items() if k != 'ids'}, ensure_ascii=False) + '\n')
     os.replace(file + '.tmp', file)
     print(f"{len(texts)} texts in {file}")
