@@ -1,7 +1,8 @@
 """
 Foreign checkpoints become official torch ones, which sample.py, eval.py and train.py --init_from read:
 
-    python convert.py SRC DST         # -> DST/checkpoint_<step> and DST/config.yml
+    python convert.py SRC DST         # -> DST/checkpoint_<step>, DST/config.yml, DST/model.safetensors (the EMA weights alone)
+    python convert.py out/owt_elf_b export && hf upload me/my-elf export       # publish a run of ours
 
 SRC is a JAX checkpoint (flax msgpack file, or Orbax folder: pip install tensorstore), a Lightning .ckpt, our ckpt.pt, any
 state dict of an ELF, a folder with checkpoint_<step> in it (the largest step), or a hub id. All or nothing: every array of
@@ -25,8 +26,8 @@ from model import ELF, KERNELS, MODELS, OFFICIAL, ELFConfig, find_checkpoint, lo
 
 def write_official(folder, params, ema, step, epoch, config, source='the weights'):
     """
-    folder/checkpoint_<step> and folder/config.yml from weights under official names -> path. config: an ELFConfig, or the
-    path of a config.yml to copy. Both are written aside, read back, then renamed; on any error nothing is left behind.
+    folder/checkpoint_<step>, config.yml and model.safetensors (EMA) from weights under official names -> path. config: an ELFConfig,
+    or the path of a config.yml to copy. All are written aside, read back, then renamed; on any error nothing is left behind.
     """
     import yaml
     path, config_path = os.path.join(folder, f'checkpoint_{step}'), os.path.join(folder, 'config.yml')
@@ -37,6 +38,11 @@ def write_official(folder, params, ema, step, epoch, config, source='the weights
     else:
         with open(config, 'rb') as f:
             text = f.read()
+    # the port loads no checkpoint without the state of its optimizer: one that has not stepped yet
+    matrices = [x.ndim == 2 for x in params.values()]
+    groups = [dict(lr=0.002, initial_lr=0.002, momentum=0.95, weight_decay=0.0, use_muon=True, params=list(range(sum(matrices)))),
+              dict(lr=0.002, initial_lr=0.002, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, use_muon=False, params=list(range(sum(matrices), len(matrices))))]
+    fresh = dict(state={}, param_groups=groups)
     new, aside = not os.path.isdir(folder), None
     try:
         if os.path.lexists(path):
@@ -51,9 +57,11 @@ def write_official(folder, params, ema, step, epoch, config, source='the weights
         with open(os.path.join(aside, 'config.yml'), 'wb') as f:
             f.write(text)
         with open(file, 'wb') as f:
-            torch.save(dict(params=params, ema_params1=ema, step=step, epoch=epoch), f)
+            torch.save(dict(params=params, ema_params1=ema, opt_state=fresh, step=step, epoch=epoch), f)
             f.flush()
             os.fsync(f.fileno())
+        from safetensors.torch import save_file
+        save_file({k: v.contiguous() for k, v in ema.items()}, os.path.join(aside, 'model.safetensors'))
         try:
             ELF.from_pretrained(file)
         except UserError as e:
@@ -61,8 +69,8 @@ def write_official(folder, params, ema, step, epoch, config, source='the weights
         shapes, others = ({f"{k} {tuple(v.shape)}" for k, v in state.items()} for state in (ema, params))
         if shapes != others:
             raise UserError(f"{source}: weights and EMA differ in names or shapes: {', '.join(sorted(shapes ^ others)[:8])}")
-        os.replace(os.path.join(aside, 'config.yml'), config_path)
-        os.replace(file, path)
+        for name in ('config.yml', 'model.safetensors', f'checkpoint_{step}'):
+            os.replace(os.path.join(aside, name), os.path.join(folder, name))
     except (OSError, RuntimeError) as e:        # a full disk is a RuntimeError inside torch.save
         raise UserError(f"could not write {path}: {str(e).splitlines()[0]}") from None
     finally:
@@ -176,7 +184,7 @@ def read_torch(path):
     if not any(parts.values()):
         parts = dict(ema_params1=ckpt)
     if isinstance(ckpt.get('model_args'), dict):
-        times['config'] = ELFConfig(**ckpt['model_args'])
+        times['config'] = ELFConfig(**{k: v for k, v in ckpt['model_args'].items() if k in ELFConfig.__dataclass_fields__})
     return {k: official(v) for k, v in parts.items() if v} | times
 
 
@@ -251,13 +259,17 @@ def main(source, folder):
             print(f"{path}: no {name}; taking {other} for both")
             ckpt[name] = ckpt[other]
     named = re.search(r'_(\d+)$', os.path.basename(os.path.abspath(path)))
-    step = int(ckpt['step'] if ckpt.get('step') is not None else named[1] if named else 0)
+    try:
+        step = int(ckpt['step'] if ckpt.get('step') is not None else named[1] if named else 0)
+        epoch = int(ckpt.get('epoch') or 0)
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path}: its step and epoch are no numbers: {reason(e)}") from None
     beside = os.path.join(os.path.dirname(os.path.abspath(path)), 'config.yml')
     config = ckpt.get('config') or beside
     if config == beside and not os.path.exists(beside):
         print(f"no config.yml beside {path}: taking the published OpenWebText settings")
         config = ELFConfig()
-    out = write_official(folder, ckpt['params'], ckpt['ema_params1'], step, int(ckpt.get('epoch') or 0), config, path)
+    out = write_official(folder, ckpt['params'], ckpt['ema_params1'], step, epoch, config, path)
     count = sum(math.prod(v.shape) for v in ckpt['ema_params1'].values())
     print(f"{out}: {count:,} parameters, step {step}; EMA and weights, no optimizer state")
 

@@ -10,25 +10,30 @@ Read the columns together: repetition lowers the perplexity of a judge, and entr
 import json
 import math
 import os
+import re
+import statistics
+import sys
 import time
 from collections import Counter
 from functools import lru_cache
-from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import UserError, configure
-from model import ELF, TextEncoder
-from sample import cut, load_tokenizer, pick_device, resolve_sampling, sample_texts
+from model import ELF, TextEncoder, hub_error
+from sample import cut, load_tokenizer, pick_device, read_inputs, read_jsonl, resolve_sampling, sample_texts
 from train import estimate_loss, get_rows, open_bins
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model of this folder's ckpt.pt (EMA); samples_eval.jsonl and metrics.jsonl go here
 init_from = ''              # instead: a published checkpoint, file, folder or hub id
 samples = ''                # instead of sampling: a JSONL file, one object a line with 'generated' or 'text', perhaps 'target'
+references = ''             # for texts without 'target': a JSONL or save_to_disk folder that has it, text i its row i
+input_file = ''             # conditions and targets of a conditional model, '' = val.jsonl of the dataset
 data_dir = 'data'
 dataset = ''                # bins under data_dir: reference rows, training text of the n-gram judge, validation loss
 num_samples = 1000
@@ -44,6 +49,7 @@ judge = 'auto'              # causal LM, folder or hub id; 'ngram' needs no down
 judge_batch_size = 16       # texts judged at once
 eval_iters = 10             # batches of the validation loss, 0 = none
 seed = 1337                 # text i depends on (seed, i) alone
+seeds = ''                  # several, such as 42,123,456: mean and standard error over them
 device = 'auto'             # 'cuda', 'mps', 'cpu', 'auto' = the first of these that is there
 dtype = 'auto'              # of sampling: 'float32' or 'bfloat16'; the judge is always float32
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,8 +163,7 @@ def gpt2_bpe(source):
         special = {'<|endoftext|>': vocab['<|endoftext|>']}
         return tiktoken.Encoding(source, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
     except Exception as e:      # no file, no network, no such token: the clients have a dozen kinds
-        raise UserError(f"judge {source!r}: no GPT-2 vocabulary (vocab.json and merges.txt) in a folder or on the hub: "
-                        f"{type(e).__name__}: {(str(e).strip() or '?').splitlines()[0]}; --judge=ngram needs no download") from None
+        raise UserError(f"no judge with GPT-2's vocabulary (vocab.json and merges.txt): {hub_error(source, e)}; --judge=ngram needs no download") from None
 
 
 @lru_cache(maxsize=1)
@@ -168,9 +173,8 @@ def load_judge(name, device):
     bpe = gpt2_bpe(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().to(device)
-    except (OSError, ValueError) as e:
-        raise UserError(f"judge {name!r} is neither a folder with a causal LM nor one on the hub: "
-                        f"{str(e).strip().splitlines()[0]}") from None
+    except Exception as e:      # the hub's clients have a dozen kinds
+        raise UserError(f"no judge (a causal LM): {hub_error(name, e)}") from None
     if bpe.n_vocab > model.config.vocab_size:
         raise UserError(f"judge {name!r} has {model.config.vocab_size} embeddings but a vocabulary of {bpe.n_vocab}")
     return model, bpe
@@ -208,23 +212,30 @@ def gen_ppl(texts, judge, batch_size=16, device='cpu', max_length=1024):
 # ---------------------------------------------------------------------------------------------------------------------
 # texts in
 
-def read_samples(file):
-    """A JSONL file -> list of dicts with 'generated', some with 'target'. UserError names file and line."""
-    rows = []
-    if not os.path.isfile(file):
-        raise UserError(f"samples={file!r} is no file; give a JSONL file as sample.py writes it")
-    for n, line in enumerate(open(file, 'rb'), 1):
-        if not line.strip():
-            continue
+def read_samples(file, references=''):
+    """
+    A JSONL file -> list of dicts with 'generated', perhaps 'target': its own, or that of the row of references (a JSONL, or a
+    folder of save_to_disk) with the number 'id', by default the line's own. UserError names file and line.
+    """
+    rows, targets = [], None
+    if references and os.path.isdir(references):
+        from datasets import load_from_disk
         try:
-            row = json.loads(line.decode('utf-8-sig'))
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{file}, line {n} is not JSON ({e}): {line[:60]!r}") from None
-        text = row.get('generated', row.get('text')) if isinstance(row, dict) else None
+            targets = load_from_disk(references)['target'][:]
+        except Exception as e:      # the client has a dozen kinds
+            raise UserError(f"references={references!r} is no save_to_disk folder with a column 'target': {type(e).__name__} {' '.join(str(e).split())[:200]}") from None
+    elif references:
+        targets = [row.get('target', row.get('output')) for _, row in read_jsonl(references)]
+    for where, row in read_jsonl(file):
+        text, number = row.get('generated', row.get('text')), row.get('id', len(rows))
+        if targets is not None:
+            if not isinstance(number, int) or not 0 <= number < len(targets):
+                raise UserError(f"{where} has id {number!r}, {references} has {len(targets)} rows")
+            row['target'] = targets[number]
         if not isinstance(text, str) or not isinstance(row.get('target', ''), str):
-            raise UserError(f"{file}, line {n} needs a text under 'generated' or 'text', and under 'target' if it has one: {line[:60]!r}")
+            raise UserError(f"{where} needs a text under 'generated' or 'text', and under 'target' if it has one")
         if rows and ('target' in row) != ('target' in rows[0]):
-            raise UserError(f"{file}, line {n}: some lines have a 'target' and some have none; all or none")
+            raise UserError(f"{where}: some lines have a 'target' and some have none; all or none")
         rows.append(row | dict(generated=text.encode('utf-8', 'replace').decode()))     # half a surrogate pair: '?'
     if not rows:
         raise UserError(f"{file} has no texts")
@@ -251,7 +262,8 @@ def measure(texts, ids, judge, ngram, limit, batch_size, device):
 
 COLUMNS = [('nats_per_char', 'nats/char', '.3f'), ('gen_ppl', 'gen. ppl', '.2f'), ('gen_ppl_port', 'ppl (port)', '.2f'),
            ('entropy', 'entropy', '.3f'), ('entropy_own', 'own entropy', '.3f'), ('distinct_4', 'distinct-4', '.3f'),
-           ('repetition', 'repetition', '.3f'), ('duplicates', 'duplicates', '.3f'), ('texts', 'texts', 'd'), ('empty', 'empty', 'd')]
+           ('repetition', 'repetition', '.3f'), ('duplicates', 'duplicates', '.3f'), ('bleu', 'BLEU', '.2f'), ('bleu_cased', 'cased BLEU', '.2f'),
+           ('rouge1', 'ROUGE-1', '.2f'), ('rouge2', 'ROUGE-2', '.2f'), ('rougeL', 'ROUGE-L', '.2f'), ('texts', 'texts', '.0f'), ('empty', 'empty', '.0f')]
 
 
 if __name__ == '__main__':
@@ -259,66 +271,94 @@ if __name__ == '__main__':
     if min(num_samples, batch_size, judge_batch_size) < 1 or min(seed, eval_iters) < 0:
         raise UserError(f"num_samples={num_samples}, batch_size={batch_size}, judge_batch_size={judge_batch_size} start at 1, "
                         f"seed={seed}, eval_iters={eval_iters} at 0")
-    # what is missing or wrong shows here, before the sampling
+    if seeds and not re.fullmatch(r'\d+(,\d+)*', seeds):
+        raise UserError(f"seeds={seeds!r}: whole numbers with commas between them, such as 42,123,456")
+    rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    say = print if rank == 0 else lambda *a: None
+    if world > 1 and device in ('auto', 'cuda') and torch.cuda.is_available():
+        device = f'cuda:{local_rank}'
+        torch.cuda.set_device(device)
+
+    # ---- what is missing or wrong shows here, before the sampling --------------------------------------------------------
     device, ctx, decided = pick_device(device, dtype)
     meta = open_bins(data_dir, dataset) if dataset else None
-    texts = read_samples(samples) if samples else []
-    paired = bool(texts) and 'target' in texts[0]
+    runs, model, inputs = {}, None, None
+    if samples:
+        runs['samples'] = read_samples(samples, references)
+    else:
+        model = ELF.from_pretrained(init_from or out_dir).to(device)
+        c, encoder = model.config, None
+        if meta and meta['vocab_size'] != c.vocab_size:
+            raise UserError(f"{meta['dir']} has {meta['vocab_size']} tokens in its vocabulary, the model {c.vocab_size}; name the --dataset it was trained on")
+        if c.max_input_length:
+            if not input_file and not meta:
+                raise UserError(f"{init_from or out_dir} is a model with conditions; give --dataset=<folder under data_dir> or --input_file=x.jsonl with 'input' and 'target'")
+            inputs = read_inputs(input_file or os.path.join(meta['dir'], 'val.jsonl'))[:num_samples]
+            num_samples = len(inputs)
+        tokenizer = load_tokenizer(c.tokenizer)
+        if inputs or meta and eval_iters:
+            encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
+    targets = [t.get('target', t.get('output')) for t in inputs or runs.get('samples', ())]
+    paired = bool(targets) and all(isinstance(t, str) for t in targets)
     judge = judge if judge != 'auto' else 'none' if paired else 'gpt2-large'
     if judge == 'ngram' and not meta:
         raise UserError("--judge=ngram learns from training text; name the bins: --dataset=<folder under data_dir>")
-    if judge not in ('ngram', 'none'):
+    if judge not in ('ngram', 'none') and rank == 0:
         load_judge(judge, str(device))
     try:
         os.makedirs(out_dir, exist_ok=True)
         open(os.path.join(out_dir, 'metrics.jsonl'), 'a').close()
     except OSError as e:
         raise UserError(f"{out_dir}/metrics.jsonl cannot be written ({e.strerror}); choose another --out_dir") from None
-    report = dict(source=samples or init_from or out_dir, judge=judge, seed=seed)
-    print(f"device: {decided}; judge: {judge}")
+    report = dict(source=samples or init_from or out_dir, judge=judge, **(dict(seeds=seeds) if seeds else dict(seed=seed)))
+    say(f"device: {decided}, {world} rank{'s' * (world > 1)}; judge: {judge}")
 
-    # the texts
+    # ---- the texts: each rank writes its share, the first measures ---------------------------------------------------------
     if samples:
         # 'own' ids: those of the dataset's tokenizer if one is named, else words
-        max_length, unit, ids = 1024, 'words', [t['generated'].split() for t in texts]
+        max_length, unit, code = 1024, 'words', str.split
         if meta:
-            max_length, unit = meta.get('max_length', 1024), f"tokens of {meta['dir']}"
-            tokenizer = load_tokenizer(SimpleNamespace(tokenizer=meta['tokenizer']))
-            ids = [tokenizer(t['generated'], add_special_tokens=False)['input_ids'] for t in texts]
+            max_length, unit, tokenizer = meta.get('max_length', 1024), f"tokens of {meta['dir']}", load_tokenizer(meta['tokenizer'])
+            code = lambda text: tokenizer(text, add_special_tokens=False)['input_ids']
+        runs['samples'] = [t | dict(ids=code(t['generated'])) for t in runs['samples']]
     else:
-        model = ELF.from_pretrained(init_from or out_dir).to(device)
-        c = model.config
-        if c.max_input_length:
-            raise UserError(f"{init_from or out_dir} is a model with conditions; eval.py scores its texts: --samples=file.jsonl")
-        if meta and meta['vocab_size'] != c.vocab_size:
-            raise UserError(f"{meta['dir']} has {meta['vocab_size']} tokens in its vocabulary, the model {c.vocab_size}; "
-                            f"name the --dataset it was trained on")
-        max_length, unit, tokenizer = c.max_length, "the model's tokens", load_tokenizer(c)
+        if world > 1:
+            dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        max_length, unit = c.max_length, "the model's tokens"
         how = resolve_sampling(c, steps, sampler, gamma, w, cfg) | dict(grid=grid)
-        report |= how | dict(nfe=how['steps'] * (1 if how['cfg'] == 1 else 2))
+        report |= how | dict(nfe=how['steps'] * (1 if how['cfg'] == 1 else 2), seconds=0.0)
         if meta and eval_iters:
-            encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
             with ctx:
-                report['val'] = estimate_loss(model, encoder, meta, eval_iters, batch_size, device)
-            print("validation: " + ', '.join(f"{k} {report['val'][k]:.4f}" for k in ('loss', 'l2', 'ce')))
-        start = time.time()
-        with ctx, tqdm(total=num_samples, desc='texts', disable=None) as bar:
-            texts = sample_texts(model, tokenizer, num_samples, batch_size, seed, device, progress=bar.update, **how)
-        report['seconds'] = time.time() - start
-        ids = [t['ids'] for t in texts]
-        file = os.path.join(out_dir, 'samples_eval.jsonl')
-        with open(file + '.tmp', 'w', encoding='utf-8') as f:
-            for t in texts:
-                f.write(json.dumps(dict(id=t['id'], generated=t['generated']), ensure_ascii=False) + '\n')
-        os.replace(file + '.tmp', file)
-        print(f"{len(texts)} texts in {file}, {report['seconds']:.1f} s, {report['nfe']} forward passes each (NFE): "
-              + ', '.join(f'{k}={v}' for k, v in how.items()))
+                report['val'] = estimate_loss(model, encoder, meta, eval_iters, batch_size, device, rank, world)
+            say("validation: " + ', '.join(f"{k} {report['val'][k]:.4f}" for k in ('loss', 'l2', 'ce')))
+        for seed in map(int, seeds.split(',')) if seeds else [seed]:
+            start, name = time.time(), f'seed {seed}' if seeds else 'samples'
+            with ctx, tqdm(total=num_samples, desc=name, disable=None if rank == 0 else True) as bar:
+                texts = sample_texts(model, tokenizer, num_samples, batch_size, seed, device, progress=lambda n: bar.update(n * world), rank=rank, world=world,
+                                     inputs=[row['input'] for row in inputs] if inputs else None, encoder=encoder, **how)
+            if world > 1:
+                shares = [None] * world
+                dist.all_gather_object(shares, texts)
+                texts = sorted(sum(shares, []), key=lambda t: t['id'])
+            if paired:
+                texts = [t | dict(target=target) for t, target in zip(texts, targets)]
+            runs[name], report['seconds'] = texts, report['seconds'] + time.time() - start
+            if rank == 0:
+                file = os.path.join(out_dir, f'samples_eval_{seed}.jsonl' if seeds else 'samples_eval.jsonl')
+                with open(file + '.tmp', 'w', encoding='utf-8') as f:
+                    f.writelines(json.dumps({k: v for k, v in t.items() if k != 'ids'}, ensure_ascii=False) + '\n' for t in texts)
+                os.replace(file + '.tmp', file)
+                print(f"{len(texts)} texts in {file}, {time.time() - start:.1f} s, {report['nfe']} forward passes each (NFE): " + ', '.join(f'{k}={v}' for k, v in how.items()))
+        if world > 1:
+            dist.destroy_process_group()
+        if rank:
+            sys.exit()
 
-    # reference rows: real validation text, and tokens drawn one by one from the training text, in texts of the same lengths
-    sets, ngram = {'samples': ([t['generated'] for t in texts], ids)}, None
-    if meta:
+    # ---- reference rows: real validation text, and tokens drawn one by one from the training text, in texts of the same lengths
+    sets, ngram = {name: ([t['generated'] for t in texts], [t['ids'] for t in texts]) for name, texts in runs.items()}, None
+    if meta and not inputs:
         decode = lambda rows: [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-        real = bin_rows(meta, 'val', len(texts), max_length)
+        real = bin_rows(meta, 'val', len(next(iter(runs.values()))), max_length)
         # a million tokens are enough for a 5-gram
         rows = 1 + 1_000_000 * meta['rows']['train'] // max(1, meta['tokens']['train'])
         train_rows, rng = bin_rows(meta, 'train', rows, max_length), np.random.default_rng(seed)
@@ -327,25 +367,30 @@ if __name__ == '__main__':
         sets |= {'real text': (decode(real), real), 'unigram text': (decode(unigram), unigram)}
         ngram = train_ngram(decode(train_rows)) if judge == 'ngram' else None
 
-    # the table
+    # ---- the table -----------------------------------------------------------------------------------------------------------
     limit = min(sum(map(len, rows)) for _, rows in sets.values())       # distinct-4 on as many tokens of each set
     results = {name: measure(*pair, judge, ngram, limit, judge_batch_size, device) for name, pair in sets.items()}
-    columns = [c for c in COLUMNS if c[0] in results['samples']]
-    print('\n' + ' ' * 14 + ''.join(f'{title:>13}' for _, title, _ in columns))
-    for name, row in results.items():
-        print(f'{name:<14}' + ''.join(f'{row[key]:>13{form}}' for key, _, form in columns))
-        report |= row if name == 'samples' else {name.split()[0]: row}
-    print(f"own entropy, distinct-4 and repetition over {unit}; entropies in nats")
-    if ngram:
-        nats, real_nats, unigram_nats = (row['nats_per_char'] for row in results.values())
-        report['gap_closed'] = (unigram_nats - nats) / (unigram_nats - real_nats) if unigram_nats != real_nats else math.nan
-        share = results['samples']['distinct_4'] / max(1e-9, results['real text']['distinct_4'])
-        print(f"gap closed: {report['gap_closed']:.3f} of the way from unigram to real text; distinct-4 {share:.2f} of real text's")
     if paired:
-        hyps, refs = sets['samples'][0], [t['target'] for t in texts]
-        report |= dict(bleu=bleu(hyps, refs), bleu_cased=bleu(hyps, refs, cased=True)) | rouge(hyps, refs)
-        print(f"BLEU {report['bleu']:.2f} (cased {report['bleu_cased']:.2f}), "
-              f"ROUGE-1/2/L {report['rouge1']:.2f} / {report['rouge2']:.2f} / {report['rougeL']:.2f}")
+        for name in runs:
+            results[name] |= dict(bleu=bleu(sets[name][0], targets), bleu_cased=bleu(sets[name][0], targets, cased=True)) | rouge(sets[name][0], targets)
+    mean = {k: sum(results[name][k] for name in runs) / len(runs) for k in results[next(iter(runs))]}
+    report |= mean
+    table = dict(results)
+    if len(runs) > 1:
+        report['stderr'] = {k: statistics.stdev(results[name][k] for name in runs) / len(runs) ** 0.5 for k in mean}
+        report['by_seed'] = {name.split()[1]: results[name] for name in runs}
+        table |= {'mean': mean, 'std. error': report['stderr']}
+    columns = [column for column in COLUMNS if column[0] in mean]
+    print('\n' + ' ' * 14 + ''.join(f'{title:>12}' for _, title, _ in columns))
+    for name, row in table.items():
+        print(f'{name:<14}' + ''.join(f'{row[key]:>12{form}}' if key in row else ' ' * 12 for key, _, form in columns))
+    print(f"own entropy, distinct-4 and repetition over {unit}; entropies in nats")
+    report |= {name.split()[0]: row for name, row in results.items() if name not in runs}
+    if ngram:
+        nats, real_nats, unigram_nats = mean['nats_per_char'], results['real text']['nats_per_char'], results['unigram text']['nats_per_char']
+        report['gap_closed'] = (unigram_nats - nats) / (unigram_nats - real_nats) if unigram_nats != real_nats else math.nan
+        share = mean['distinct_4'] / max(1e-9, results['real text']['distinct_4'])
+        print(f"gap closed: {report['gap_closed']:.3f} of the way from unigram to real text; distinct-4 {share:.2f} of real text's")
     line = json.dumps(json.loads(json.dumps(report), parse_constant=lambda nan: None))      # JSON has no nan: null
     with open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8') as f:
         f.write(line + '\n')

@@ -381,8 +381,8 @@ class TextEncoder(nn.Module):
         logging.disable_progress_bar()      # of the loading of a few tensors
         try:
             self.model = AutoModelForTextEncoding.from_pretrained(name, dtype=torch.float32)
-        except (OSError, ValueError) as e:
-            raise UserError(f"text encoder {name!r} is neither a folder with a T5-family model nor one on the hub: {str(e).splitlines()[0]}") from None
+        except Exception as e:      # the hub's clients have a dozen kinds
+            raise UserError(f"no text encoder (a T5-family model): {hub_error(name, e)}") from None
         self.model.eval().requires_grad_(False)
         self.latent_mean, self.latent_std, self.latent_dim = latent_mean, latent_std, self.model.config.d_model
 
@@ -419,7 +419,8 @@ OFFICIAL = dict(denoiser_p_mean='t_mean', denoiser_p_std='t_std', denoiser_noise
                 decoder_noise_scale='decoder_noise_scale', self_cond_prob='self_cond_prob', self_cond_cfg_min='w_min',
                 self_cond_cfg_max='w_max', label_drop_prob='drop_cond_prob', encoder_model_name='encoder',
                 latent_mean='latent_mean', latent_std='latent_std', max_length='max_length',
-                max_input_length='max_input_length', pad_token='pad_token')
+                max_input_length='max_input_length', pad_token='pad_token',
+                tokenizer_name='tokenizer', sampler='sampler', steps='steps', gamma='gamma', w='w', cfg='cfg')    # the last five are ours
 
 
 def find_checkpoint(source):
@@ -440,13 +441,19 @@ def find_checkpoint(source):
     parts = source.split('/')
     if len(parts) < 2 or not all(parts) or source[0] in './~':
         raise UserError(f"{source!r} is no file or folder here, and no hub id (org/repo); nothing to load")
-    from huggingface_hub import HfApi, hf_hub_download
-    repo, inside = '/'.join(parts[:2]), '/'.join(parts[2:])
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    repo, inside, refused = '/'.join(parts[:2]), '/'.join(parts[2:]), None
     try:
-        names = HfApi().list_repo_files(repo)
+        try:
+            names = [f.rfilename for f in HfApi().model_info(repo).siblings]
+        except Exception as e:      # no network: what the cache has of it, if anything; [] asks for no file, only for the folder
+            refused, here = e, snapshot_download(repo, allow_patterns=[], local_files_only=True)
+            names = [os.path.relpath(os.path.join(at, f), here).replace(os.sep, '/') for at, _, fs in os.walk(here) for f in fs]
         name = best([n for n in names if not inside or n == inside or n.startswith(inside + '/')])
-        if name is None:
+        if name is None and refused is None:
             raise UserError(f"no checkpoint in hub repository {source}: expected checkpoint_<step>, ckpt.pt or a .safetensors file")
+        if name is None:
+            raise refused
         beside = os.path.join(os.path.dirname(name), 'config.yml')
         if beside in names:
             hf_hub_download(repo, beside)
@@ -454,7 +461,33 @@ def find_checkpoint(source):
     except UserError:
         raise
     except Exception as e:      # the hub client has a dozen kinds
-        raise UserError(f"{source!r} is no path here, and the hub did not give it: {type(e).__name__}: {str(e).strip().splitlines()[0]}") from None
+        raise UserError(hub_error(source, refused or e)) from None
+
+
+def hub_error(source, e):
+    """What huggingface_hub, transformers or datasets raised while they fetched source -> one line: what is wrong, what to do."""
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import httpx
+    chain = [e]
+    while chain[-1].__cause__ or chain[-1].__context__:     # transformers wraps the hub's errors in OSError
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    seen = lambda *kinds: any(isinstance(x, kinds) for x in chain)
+    reason = f"{type(e).__name__}: {(str(e).strip() or '?').splitlines()[0]}"
+    if os.path.exists(source):
+        return f"{source!r} is not usable: {reason}"
+    if seen(errors.GatedRepoError):
+        return f"{source!r} is gated: accept the terms on its page on the hub, then: hf auth login"
+    if seen(errors.RepositoryNotFoundError, errors.HFValidationError):
+        return f"{source!r} is neither a folder nor a file here, nor on the hub; check the spelling; if it is private: hf auth login"
+    if any(getattr(getattr(x, 'response', None), 'status_code', 0) in (401, 403) for x in chain):
+        return f"the hub refuses {source!r} to your token; renew it: hf auth login, or do without: hf auth logout"
+    if seen(httpx.RemoteProtocolError) or 'Consistency check failed' in str(chain):
+        return f"the download of {source!r} broke off; run again, nothing incomplete was kept"
+    if constants.is_offline_mode() and seen(errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
+        return f"{source!r} is no path here and not in the cache, and HF_HUB_OFFLINE is set; unset it once to download"
+    if seen(httpx.TransportError, errors.LocalEntryNotFoundError):
+        return f"{source!r} is no path here and not in the cache, and the hub cannot be reached; connect once to download"
+    return f"{source!r} is no path here, and the hub did not give it: {reason}"
 
 
 def load_checkpoint(path):
@@ -485,12 +518,12 @@ def read_config_yml(path, sizes):
     try:
         with open(file) as f:
             official = yaml.safe_load(f) or {}
+        if official.get('max_input_length'):        # De-En and XSum: the published sampling settings of the conditional tasks
+            settings |= dict(sampler='ode', steps=64, gamma=0.0, w=1.0, cfg=2.0)
         settings |= {ours: types[ours](official[k]) for k, ours in OFFICIAL.items() if official.get(k) is not None}
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{file} is not readable as the official settings: {' '.join(str(e).split())}") from None
     if official.get('model', preset) != preset:
         print(f"{file} says {official['model']}, the weights have n_layer={sizes['n_layer']}, n_embd={sizes['n_embd']}; going by the weights")
-    settings['tokenizer'] = settings.get('encoder', ELFConfig.tokenizer)
-    if settings.get('max_input_length'):       # De-En and XSum: the published sampling settings of the conditional tasks
-        settings |= dict(sampler='ode', steps=64, gamma=0.0, w=1.0, cfg=2.0)
+    settings.setdefault('tokenizer', settings.get('encoder', ELFConfig.tokenizer))
     return settings

@@ -23,7 +23,7 @@ import torch
 
 from configurator import UserError, configure
 from model import TextEncoder
-from sample import load_tokenizer
+from sample import load_tokenizer, read_jsonl
 
 # ---------------------------------------------------------------------------------------------------------------------
 dataset = 'pydocs'          # 'pydocs', the language reference inside every Python; a .txt or .jsonl file or a folder of them; a folder
@@ -103,23 +103,16 @@ def read_lines(file):
         raise UserError(f"{file}, line {n}: byte {e.object[e.start]:#04x} is not UTF-8; save the file as UTF-8") from None
 
 
-def read_jsonl(file):
-    """The objects of a .jsonl as texts ('text') or pairs ('input' or 'source' and 'output' or 'target'). UserError names file and line."""
+def read_items(file):
+    """The lines of a .jsonl as texts ('text') or pairs ('input' or 'source' and 'output' or 'target'). UserError names file and line."""
     first = None
-    for n, line in enumerate(read_lines(file), 1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {n}"
-        try:
-            row = json.loads(line)
-            have = next(((a, b) for a, b in PAIRS if a in row and b in row), ('text',))
-            item = tuple(row[k] for k in have)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{where} is no JSON object ({e}): {line[:60]!r}") from None
-        except (KeyError, TypeError):
-            raise UserError(f"{where} needs 'text', or 'input' and 'output' (or 'source' and 'target'): {line[:60]!r}") from None
+    for where, row in read_jsonl(file):
+        have = next(((a, b) for a, b in PAIRS if a in row and b in row), ('text',))
+        item = tuple(row.get(k) for k in have)
+        if item == (None,):
+            raise UserError(f"{where} needs 'text', or 'input' and 'output' (or 'source' and 'target'); it has {', '.join(map(repr, row)) or 'nothing'}")
         if not all(isinstance(part, str) and part.strip() for part in item):
-            raise UserError(f"{where}: {' and '.join(map(repr, have))} must be text, and not blank: {line[:60]!r}")
+            raise UserError(f"{where}: {' and '.join(map(repr, have))} must be text, and not blank")
         first = first or len(item)
         if len(item) != first:
             raise UserError(f"{where} has {'a pair' if len(item) == 2 else 'plain text'}, the lines before have not; give one kind")
@@ -159,12 +152,12 @@ def open_source(source, subset, revision, block_size=2000):
     if files:
         def own():
             for file in files:
-                yield from read_jsonl(file) if file.endswith('.jsonl') else blocks(read_lines(file), min(block_size, size))
+                yield from read_items(file) if file.endswith('.jsonl') else blocks(read_lines(file), min(block_size, size))
         try:
             size = max(100, sum(map(os.path.getsize, files)) // 40)     # a small corpus, too, has some blocks to set aside
         except OSError as e:
             raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
-        kinds = {type(next(read_jsonl(f), '')) if f.endswith('.jsonl') else str for f in files}
+        kinds = {type(next(read_items(f), '')) if f.endswith('.jsonl') else str for f in files}
         if len(kinds) > 1:
             raise UserError(f"{source} has both texts and pairs, give one kind")
         return dict(kind='texts' if kinds == {str} else 'pairs', train=own, val=None)

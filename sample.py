@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from configurator import UserError, configure
-from model import ELF, TextEncoder
+from model import ELF, TextEncoder, hub_error
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model of this folder's ckpt.pt (EMA); samples.jsonl is written here
@@ -155,13 +155,13 @@ def row_seed(seed, i):
     return int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def load_tokenizer(config):
-    """The tokenizer that a checkpoint was trained with. UserError if it is gone."""
+def load_tokenizer(name):
+    """A tokenizer from a hub id or folder. UserError if it is gone."""
     from transformers import AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(config.tokenizer)
-    except (OSError, ValueError) as e:
-        raise UserError(f"tokenizer {config.tokenizer!r} of this checkpoint is no folder here and not on the hub: {str(e).splitlines()[0]}") from None
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as e:      # the hub's clients have a dozen kinds
+        raise UserError(f"no tokenizer: {hub_error(name, e)}") from None
 
 
 def sample_texts(model, tokenizer, num_samples, batch_size, seed, device, steps, sampler, gamma, w, cfg, grid, trace=0,
@@ -201,22 +201,31 @@ def sample_texts(model, tokenizer, num_samples, batch_size, seed, device, steps,
     return texts
 
 
-def read_inputs(file):
-    """The conditions in a .jsonl -> list of dicts with 'input', in order, and whatever else a line has. UserError names file and line."""
-    rows = []
+def read_jsonl(file):
+    """The objects of a JSONL file, one after the other -> (file and line for messages, dict). UserError names the line."""
+    n, line = 0, b''
     try:
-        with open(file, encoding='utf-8-sig') as f:
+        with open(file, 'rb') as f:
             for n, line in enumerate(f, 1):
                 if line.strip():
-                    row = json.loads(line)
-                    row['input'] = row.get('input', row.get('source'))
-                    if not isinstance(row['input'], str):
-                        raise UserError(f"{file}, line {n} needs a text under 'input' (or 'source'): {line[:60]!r}")
-                    rows.append(row)
+                    row = json.loads(line.decode('utf-8-sig'))
+                    if not isinstance(row, dict):
+                        raise ValueError(f"a {type(row).__name__}")
+                    yield f"{file}, line {n}", row
     except OSError as e:
-        raise UserError(f"input_file={file!r} cannot be read: {e.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as e:
-        raise UserError(f"{file}, line {len(rows) + 1} or near is no JSON object in UTF-8: {e}") from None
+        raise UserError(f"cannot read {file}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{file}, line {n} is no JSON object in UTF-8 ({e}): {line[:60]!r}") from None
+
+
+def read_inputs(file):
+    """The conditions in a JSONL -> list of dicts with 'input', in order, and whatever else a line has. UserError names file and line."""
+    rows = []
+    for where, row in read_jsonl(file):
+        row['input'] = row.get('input', row.get('source'))
+        if not isinstance(row['input'], str):
+            raise UserError(f"{where} needs a text under 'input' (or 'source')")
+        rows.append(row)
     if not rows:
         raise UserError(f"{file} has no lines")
     return rows
@@ -244,7 +253,7 @@ if __name__ == '__main__':
     if bool(inputs) != bool(model.config.max_input_length):
         raise UserError(f"{init_from or out_dir} is a model with{'' if model.config.max_input_length else 'out'} conditions; "
                         + ('give --input="..." or --input_file=x.jsonl' if model.config.max_input_length else 'drop --input and --input_file'))
-    tokenizer, encoder = load_tokenizer(model.config), None
+    tokenizer, encoder = load_tokenizer(model.config.tokenizer), None
     if inputs:
         num_samples = len(inputs)
         encoder = TextEncoder(model.config.encoder, model.config.latent_mean, model.config.latent_std).to(device)

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError, configure
 from model import ELF, MODELS, ELFConfig, TextEncoder, compute_loss, draw, estimate_flops, load_checkpoint
-from sample import compile_in_place, load_tokenizer, pick_device, printable, resolve_sampling, sample_texts
+from sample import compile_in_place, load_tokenizer, pick_device, printable, read_inputs, resolve_sampling, sample_texts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # input, output
@@ -356,11 +356,13 @@ if __name__ == '__main__':
     for part in ('encoder', 'tokenizer'):
         if config[part] not in ('', meta[part]):
             raise UserError(f"{meta['dir']} was made with {part} {meta[part]}, this run asks for {config[part]}; prepare it again or drop --{part}")
-    if meta['max_length'] > max_length and not max_input_length:
-        raise UserError(f"{meta['dir']} has rows of {meta['max_length']} tokens, max_length is {max_length}; raise it or prepare shorter rows")
     if bool(meta.get('conditional')) != bool(max_input_length):
         raise UserError(f"{meta['dir']} has {'conditions' if meta.get('conditional') else 'no conditions'}, max_input_length is {max_input_length}; "
                         + ('give the number of condition tokens to keep' if meta.get('conditional') else 'set it to 0'))
+    if meta['max_length'] > max_length and not max_input_length:
+        raise UserError(f"{meta['dir']} has rows of {meta['max_length']} tokens, max_length is {max_length}; raise it or prepare shorter rows")
+    if max_input_length >= max_length:
+        raise UserError(f"max_input_length={max_input_length} leaves no room for a target in rows of max_length={max_length}; lower it")
     micro_steps = gradient_accumulation_steps // world
     rows_per_step = batch_size * gradient_accumulation_steps
     if max_epochs:
@@ -448,8 +450,15 @@ if __name__ == '__main__':
         except ImportError:
             raise UserError("wandb_log=True, but wandb is not installed; pip install wandb, or drop it") from None
         wandb.init(project=wandb_project, name=out_dir, config=config)
-    if sample_interval and not max_input_length:
-        tok = load_tokenizer(c)
+    if sample_interval:
+        tok, inputs, n_texts = load_tokenizer(c.tokenizer), None, max(4, world)
+        references = os.path.join(meta['dir'], 'val.jsonl')
+        if max_input_length and not os.path.exists(references):
+            sample_interval = 0
+            say(f"no texts on the way: {references} with conditions is not there")
+        elif max_input_length:
+            inputs = [row['input'] for row in read_inputs(references)[:n_texts]]
+            n_texts = len(inputs)
 
     def log(**numbers):
         if master:
@@ -489,16 +498,17 @@ if __name__ == '__main__':
             log(iter=iter_num, **{'val_' + k: v for k, v in val.items()})
         if (iter_num % save_interval == 0 or last) and iter_num > first_iter:
             checkpoint()
-        if fresh and sample_interval and not max_input_length and (iter_num % sample_interval == 0 or last) and iter_num > 0:
+        if fresh and sample_interval and (iter_num % sample_interval == 0 or last) and iter_num > 0:
             with ctx:
-                texts = sample_texts(ema, tok, max(4, world), 4, seed, device, grid='logit_normal', rank=rank, world=world, **resolve_sampling(c, -1, '', -1, -1, -1))
+                texts = sample_texts(ema, tok, n_texts, 4, seed, device, grid='logit_normal', rank=rank, world=world,
+                                     inputs=inputs, encoder=text_encoder, **resolve_sampling(c, -1, '', -1, -1, -1))
             if world > 1:
                 gathered = [None] * world
                 dist.all_gather_object(gathered, texts)
                 texts = sorted(sum(gathered, []), key=lambda x: x['id'])
             if master:
                 with open(os.path.join(out_dir, f'samples_{iter_num}.jsonl'), 'w', encoding='utf-8') as f:
-                    f.writelines(json.dumps(dict(id=x['id'], generated=x['generated']), ensure_ascii=False) + '\n' for x in texts)
+                    f.writelines(json.dumps({k: v for k, v in x.items() if k != 'ids'}, ensure_ascii=False) + '\n' for x in texts)
                 tqdm.write(f"iter {iter_num}: sampled | {printable(texts[0]['generated'])[:120]}")
         if last:
             break

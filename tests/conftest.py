@@ -13,6 +13,20 @@ sys.path.insert(0, ROOT)
 os.environ.setdefault('HF_HUB_OFFLINE', '1')        # tests never ask the network
 
 
+def pytest_addoption(parser):
+    parser.addoption('--slow', action='store_true', help="also the tests of minutes")
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: minutes; run with --slow')
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if 'slow' in item.keywords and not config.getoption('--slow'):
+            item.add_marker(pytest.mark.skip(reason='slow; run with --slow'))
+
+
 @pytest.fixture(scope='session')
 def bins(tmp_path_factory):
     """data_dir with the dataset 'tiny': 96 + 24 rows of 12 letters and an EOS, a tokenizer of 30 symbols, a 16-wide random T5."""

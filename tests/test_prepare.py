@@ -275,7 +275,7 @@ def test_own_jsonl_and_folders(run, tmp_path, tok, text):
 
 
 @pytest.mark.parametrize('rows, says', [
-    ([dict(input='a', output='b')] * 30 + ['{"input": "a", '], 'line 31 is no JSON object'), ([dict(input='a')], 'line 1 needs'), (['[1]'], 'line 1 needs'),
+    ([dict(input='a', output='b')] * 30 + ['{"input": "a", '], 'line 31 is no JSON object'), ([dict(input='a')], 'line 1 needs'), (['[1]'], 'line 1 is no JSON object'),
     ([dict(input='a', output='b'), dict(text='c')], 'line 2 has plain text'), ([dict(text='c'), dict(input='a', output='b')], 'line 2 has a pair'),
     ([dict(input='a', output=' ')], 'not blank'), ([dict(input='a', output=5)], 'must be text'), ([dict(text='')], 'not blank'), ([], 'too little'),
     ([dict(input='a', output='b')] * 3, 'too little'), (['\x00'], 'line 1 is no JSON object'), (['[' * 100000], 'line 1 is no JSON object')])
