@@ -373,7 +373,8 @@ if __name__ == '__main__':
     if paired:
         for name in runs:
             results[name] |= dict(bleu=bleu(sets[name][0], targets), bleu_cased=bleu(sets[name][0], targets, cased=True)) | rouge(sets[name][0], targets)
-    mean = {k: sum(results[name][k] for name in runs) / len(runs) for k in results[next(iter(runs))]}
+    first = results[next(iter(runs))]
+    mean = {k: statistics.mean(results[name][k] for name in runs) for k in first} if len(runs) > 1 else first
     report |= mean
     table = dict(results)
     if len(runs) > 1:

@@ -127,16 +127,26 @@ def test_nothing_to_judge(judge):
     assert math.isnan(got['gen_ppl']) and got['tokens'] == 0 and got['empty'] == 2
 
 
-def test_official_de_en_scores():
-    folder = os.path.join(SHARED, 'official_outputs', 'de-en_seed_42')
-    if not os.path.isdir(folder):
-        pytest.skip('needs ../shared/data/official_outputs')
-    datasets = pytest.importorskip('datasets')
-    with open(os.path.join(folder, 'all_generated_100_880600.jsonl'), encoding='utf-8') as f:
-        hyps = [json.loads(line)['generated'] for line in f]
-    refs = datasets.Dataset.from_file(os.path.join(SHARED, 'wmt14_de-en_validation_t5', 'data-00000-of-00001.arrow'))['target'][:len(hyps)]
-    assert bleu(hyps, refs) == 25.834093628144814
-    assert rouge(hyps, refs) == {'rouge1': 59.04973076336025, 'rouge2': 33.30888909160917, 'rougeL': 53.81862131068937}
+@pytest.mark.skipif(not os.path.isdir(SHARED), reason=f'needs {SHARED}')
+def test_official_de_en_scores(run, tmp_path):
+    """1,000 official translations and what the official code gave them, to the last digit; references by folder and by file."""
+    from datasets import load_from_disk
+    references = os.path.join(SHARED, 'wmt14_de-en_validation_t5')
+    (tmp_path / 'references.jsonl').write_text(''.join(json.dumps(dict(target=t)) + '\n' for t in load_from_disk(references)['target']))
+    for source in (references, tmp_path / 'references.jsonl'):
+        out = run('eval.py', f"--samples={SHARED}/official_outputs/de-en_seed_42/all_generated_100_880600.jsonl", f'--references={source}', f'--out_dir={tmp_path}')
+        last = json.loads(out.splitlines()[-1])
+        assert [last[k] for k in ('bleu', 'rouge1', 'rouge2', 'rougeL')] == [25.834093628144814, 59.04973076336025, 33.30888909160917, 53.81862131068937]
+        assert last['texts'] == 1000 and last['judge'] == 'none' and last['bleu_cased'] < last['bleu']
+
+
+@pytest.mark.parametrize('content, says', [(None, 'cannot read'), ('{"target": "a"}\n', 'line 2 has id 1, .* has 1 rows'), ('{"input": "a"}\n{"target": "b"}\n', 'needs a text')])
+def test_references_that_do_not_fit(run, tmp_path, content, says):
+    (tmp_path / 'texts.jsonl').write_text('{"generated": "a"}\n{"generated": "b"}\n')
+    if content:
+        (tmp_path / 'refs.jsonl').write_text(content)
+    with pytest.raises(UserError, match=says):
+        run('eval.py', f"--samples={tmp_path / 'texts.jsonl'}", f"--references={tmp_path / 'refs.jsonl'}", f'--out_dir={tmp_path}')
 
 
 def test_scores_a_file(run, bins, judge, tmp_path):
