@@ -235,7 +235,7 @@ def locate(source):
         from huggingface_hub import HfApi, snapshot_download
         repo, inside = '/'.join(source.split('/')[:2]), '/'.join(source.split('/')[2:])
         try:
-            found = [re.fullmatch(r'((?:.*/)?checkpoint_(\d+))/_METADATA', n) for n in HfApi().list_repo_files(repo)]
+            found = [re.fullmatch(r'((?:.*/)?checkpoint_(\d+))/_METADATA', f.rfilename) for f in HfApi().model_info(repo).siblings]
             found = [m for m in found if m and (m[1] + '/').startswith(inside.rstrip('/') + '/' if inside else '')]
             name = max(found, key=lambda m: int(m[2]))[1]
             return os.path.join(snapshot_download(repo, allow_patterns=[f'{name}/*', os.path.join(os.path.dirname(name), 'config.yml')]), name)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from configurator import UserError, configure
-from model import TextEncoder
+from model import TextEncoder, hub_error
 from sample import load_tokenizer, read_jsonl
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def open_source(source, subset, revision, block_size=2000):
             folder = snapshot_download(source, repo_type='dataset', revision=revision or None, ignore_patterns=['*test*'],
                                        allow_patterns=[inside + '*.parquet', inside + '*.arrow', inside + '*.json'])
         except Exception as e:      # the client has a dozen kinds
-            raise UserError(f"dataset {source!r} is no folder here, and the hub did not give it: {type(e).__name__}: {str(e).strip().splitlines()[0]}; own data: a .txt or .jsonl file, a folder") from None
+            raise UserError(f"no dataset: {hub_error(source, e)}; own data: a .txt or .jsonl file, a folder") from None
         commit = os.path.basename(folder)
         folder = os.path.join(folder, subset)
     # .parquet, or .arrow as save_to_disk leaves it (cache-*.arrow beside it is not data); streamed, not mapped: mapped pages would count as memory

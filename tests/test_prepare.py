@@ -304,7 +304,7 @@ def test_what_is_no_source(run, tmp_path, tok):
     whole = (tmp_path / 'set' / 'data-00000-of-00001.arrow').read_bytes()
     (tmp_path / 'cut' / 'data-00000-of-00001.arrow').write_bytes(whole[:700])
     (tmp_path / 'noise' / 'a.parquet').write_bytes(b'PAR1' + bytes(range(200)))
-    for name, says in (('cut', 'not readable|no data|cut'), ('empty', 'has no data'), ('noise', 'not readable'), ('none', 'offline|hub'), ('./none', 'no folder')):
+    for name, says in (('cut', 'not readable|no data|cut'), ('empty', 'has no data'), ('noise', 'not readable'), ('none', 'offline|hub'), ('./none', 'neither a folder')):
         with pytest.raises(UserError, match=says) as e:
             run('prepare.py', f'--dataset={tmp_path / name if name[0] != "." else name}', f'--data_dir={tmp_path / "data"}', *tok)
         assert '\n' not in str(e.value) and (not os.path.exists(tmp_path / 'data') or os.listdir(tmp_path / 'data') == [])
