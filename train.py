@@ -7,11 +7,15 @@ How ELF is trained. The settings below are the published recipe: ELF-B on OpenWe
     torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 train.py config/owt_elf_b.py   # two
 """
 import copy
+import hashlib
 import json
 import math
 import os
+import shutil
+import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import lru_cache
@@ -28,17 +32,19 @@ from sample import compile_in_place, load_tokenizer, pick_device, printable, rea
 # ---------------------------------------------------------------------------------------------------------------------
 # input, output
 out_dir = 'out'             # ckpt.pt, metrics.jsonl, samples and loss.png go here
-init_from = 'scratch'       # 'scratch', 'resume' (out_dir's checkpoint), or weights: a path or hub id
+init_from = 'scratch'       # 'scratch', 'resume' (out_dir's checkpoint), 'auto' (resume if there is one), or weights: a path or hub id
 overwrite = False           # allow 'scratch' where out_dir has a checkpoint already
 log_interval = 10           # iterations between log lines
 eval_interval = 1000        # iterations between validations
 eval_iters = 20             # batches of a validation, over all ranks; a multiple of 5, one for each bin of t
 save_interval = 1000        # iterations between checkpoints
+keep_interval = 0           # iterations between checkpoints that stay, as ckpt_<iter>.pt; a multiple of save_interval, 0 = none
 sample_interval = 5000      # iterations between a few sampled texts, 0 = never
 wandb_log = False           # also log to Weights & Biases
 wandb_project = 'elf'
 # data
 data_dir = 'data'
+verify_data = False         # read the bins once and compare their checksums
 dataset = 'openwebtext'     # folder of bins under data_dir, see prepare.py
 encoder = ''                # text encoder and tokenizer the bins must have been made for, '' = any
 tokenizer = ''
@@ -80,6 +86,8 @@ weight_decay = 0.0          # of adamw
 grad_clip = 1.0             # largest gradient norm, 0.0 = off
 max_iters = 95085           # optimizer steps: 5 epochs of 19,017
 warmup_iters = 9508         # half an epoch
+max_minutes = 0.0           # save and stop after so long, 0 = never; so do SIGTERM and Ctrl-C
+max_bad_steps = 10          # in a row with a gradient that is not finite; each is skipped
 max_epochs = 0.0            # when set, these two override the iterations above
 warmup_epochs = 0.0
 ema_decay = 0.9999          # of the averaged weights that sampling uses
@@ -98,8 +106,9 @@ seed = 42                   # of initial weights, row order and all draws
 # ---------------------------------------------------------------------------------------------------------------------
 
 # ---- data: memory-mapped bins -------------------------------------------------------------------------------------
-def open_bins(data_dir, dataset):
-    """meta.json of a prepared dataset -> dict, with its folder as 'dir' and tokenizer and encoder as loadable names."""
+def open_bins(data_dir, dataset, verify=False):
+    """meta.json of a prepared dataset -> dict, with its folder as 'dir' and tokenizer and encoder as loadable names; sizes and offsets
+    are checked against it, with verify the checksums too. UserError if anything does not fit."""
     folder = os.path.join(data_dir, dataset)
     for name in ('meta.json', 'train.bin', 'val.bin', 'train.idx.npy', 'val.idx.npy'):
         if not os.path.isfile(os.path.join(folder, name)):
@@ -111,12 +120,26 @@ def open_bins(data_dir, dataset):
         for part in ('tokenizer', 'encoder'):       # trained or seeded ones lie beside the bins
             if os.path.isdir(os.path.join(folder, meta[part])):
                 meta[part] = os.path.join(folder, meta[part])
+        if meta['dtype'] not in ('uint16', 'uint32') or not all(0 <= meta[k] < meta['vocab_size'] for k in ('pad_id', 'eos_id')) or not meta['latent_std'] > 0:
+            raise ValueError("dtype, special ids or latent_std")
         for split in ('train', 'val'):
             tokens, have = meta['tokens'][split], os.path.getsize(os.path.join(folder, f'{split}.bin'))
             if have != tokens * np.dtype(meta['dtype']).itemsize:
                 raise UserError(f"{folder}/{split}.bin has {have} bytes, meta.json speaks of {tokens} {meta['dtype']} tokens; prepare it again")
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise UserError(f"{folder}/meta.json is damaged ({type(e).__name__}: {e}); prepare the dataset again") from None
+            index = np.load(os.path.join(folder, f'{split}.idx.npy'), mmap_mode='r')
+            if index.shape != (meta['rows'][split], 2) or index.dtype != np.int64 or not len(index):
+                raise UserError(f"{folder}/{split}.idx.npy holds {index.shape} {index.dtype}, meta.json speaks of {meta['rows'][split]} rows; prepare it again")
+            flat = np.append(index.reshape(-1), tokens)
+            if flat[0] != 0 or (flat[1:] < flat[:-1]).any():
+                raise UserError(f"{folder}/{split}.idx.npy has offsets that do not rise from 0 to {tokens}; prepare it again")
+            for name in (f'{split}.bin', f'{split}.idx.npy') if verify else ():
+                with open(os.path.join(folder, name), 'rb') as f:
+                    if hashlib.file_digest(f, 'sha256').hexdigest() != meta['checksums'][name]:
+                        raise UserError(f"{folder}/{name} is not what prepare.py wrote (checksum); prepare it again")
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OverflowError, RecursionError) as e:
+        raise UserError(f"{folder} is damaged ({type(e).__name__}: {' '.join(str(e).split())[:200]}); prepare the dataset again") from None
     return meta
 
 
@@ -163,7 +186,7 @@ def orthogonalize(x, dtype):
     nearest ones with singular values 1. [optax.contrib.muon] The factors commute with A, so that a few turns can run on
     square matrices of the short side alone before the long one is touched again: less work, the same precision.
     """
-    scale = 1 / (x.norm(dim=(-2, -1), keepdim=True) + 1e-8)
+    scale = 1 / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32) + 1e-8)
     x, (m, n) = x.to(dtype), x.shape[-2:]
     # five in a row would lose the small singular values; nearly square ones have nothing to gain
     for turns in (1,) * 5 if max(m, n) < 1.5 * min(m, n) else (3, 2):
@@ -196,45 +219,49 @@ class Muon(torch.optim.Optimizer):
             params, lr, k = group['params'], group['lr'], group['step']
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             moment = lambda name: [self.state[p].setdefault(name, torch.zeros_like(p)) for p in params]
-            # the average gradient, one Nesterov step ahead, bias-corrected
             beta, average = 0.95 if group['name'] == 'muon' else 0.9, moment('average')
             torch._foreach_lerp_(average, grads, 1 - beta)
-            update = torch._foreach_mul(average, beta / (1 - beta ** (k + 1)))
-            torch._foreach_add_(update, grads, alpha=(1 - beta) / (1 - beta ** k))
-            if group['name'] == 'adam':
-                square = moment('square')
-                torch._foreach_mul_(square, 0.999)
-                torch._foreach_addcmul_(square, grads, grads, value=0.001)
-                scale = torch._foreach_div(square, 1 - 0.999 ** k)
-                torch._foreach_sqrt_(scale)
-                torch._foreach_add_(scale, 1e-8)
-                torch._foreach_addcdiv_(params, update, scale, value=-lr)
+            # the average gradient, one Nesterov step ahead, bias-corrected
+            ahead = lambda i: torch.add(average[i] * (beta / (1 - beta ** (k + 1))), grads[i], alpha=(1 - beta) / (1 - beta ** k))
+            if group['name'] == 'muon':
+                for p, u in zip(params, self.orthogonal(params, ahead)):
+                    p.add_(u, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
                 continue
-            for p, u in zip(params, self.orthogonal(update)):
-                p.add_(u, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+            square = moment('square')
+            torch._foreach_mul_(square, 0.999)
+            torch._foreach_addcmul_(square, grads, grads, value=0.001)
+            scale = torch._foreach_div(square, 1 - 0.999 ** k)
+            torch._foreach_sqrt_(scale)
+            torch._foreach_add_(scale, 1e-8)
+            torch._foreach_addcdiv_(params, [ahead(i) for i in range(len(params))], scale, value=-lr)
 
-    def orthogonal(self, update):
-        """The updates, a list of matrices, orthogonalised: equal shapes as one batch, matrices dealt to the ranks by their work, one gather."""
+    def orthogonal(self, params, update):
+        """update(i) of all matrices, orthogonalised: dealt to the ranks by their work, equal shapes as one batch, one gather -> list."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         load, shares = [0] * world, [[] for _ in range(world)]
-        for i in sorted(range(len(update)), key=lambda i: -min(update[i].shape) * update[i].numel()):
+        work = lambda i: min(params[i].shape) * params[i].numel()
+        for i in sorted(range(len(params)), key=work, reverse=True):
             owner = load.index(min(load))
             shares[owner].append(i)
-            load[owner] += min(update[i].shape) * update[i].numel()
-        shapes, done = {}, [None] * len(update)
+            load[owner] += work(i)
+        shapes, done = {}, [None] * len(params)
         for i in shares[rank]:
-            shapes.setdefault(update[i].shape, []).append(i)
-        for batch in shapes.values():
-            for i, u in zip(batch, orthogonalize(torch.stack([update[i] for i in batch]), self.ns_dtype)):
+            shapes.setdefault(params[i].shape, []).append(i)
+        for shape, batch in shapes.items():
+            x = params[batch[0]].new_empty(len(batch), *shape, dtype=self.ns_dtype)
+            for j, i in enumerate(batch):
+                x[j] = update(i)
+            for i, u in zip(batch, orthogonalize(x, self.ns_dtype)):
                 done[i] = u
         if world > 1:
-            sizes = [sum(update[i].numel() for i in share) for share in shares]
-            mine = torch.cat([done[i].flatten() for i in shares[rank]] + [done[shares[rank][0]].new_zeros(max(sizes) - sizes[rank])])
-            parts = mine.new_empty(world * max(sizes))
+            sizes = [[params[i].numel() for i in share] for share in shares]
+            length = max(map(sum, sizes))
+            mine = torch.cat([done[i].flatten() for i in shares[rank]] + [params[0].new_empty(length - sum(sizes[rank]), dtype=self.ns_dtype)])
+            parts = mine.new_empty(world * length)
             dist.all_gather_into_tensor(parts, mine)
-            for share, part in zip(shares, parts.chunk(world)):
-                for i, u in zip(share, part.split([update[i].numel() for i in share] + [len(part) - sum(update[i].numel() for i in share)])):
-                    done[i] = u.view_as(update[i])
+            for share, size, part in zip(shares, sizes, parts.chunk(world)):
+                for i, u in zip(share, part[:sum(size)].split(size)):
+                    done[i] = u.view_as(params[i])
         return done
 
 
@@ -297,8 +324,8 @@ def encode(encoder, batch, pad_token, draws, device):
     return x0, ids, ~cond if pad_token == 'eos' else valid & ~cond, cond
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
-def save_checkpoint(out_dir, ckpt):
-    """Write out_dir/ckpt.pt whole or not at all; the one before stays as ckpt_prev.pt."""
+def save_checkpoint(out_dir, ckpt, keep_as=''):
+    """Write out_dir/ckpt.pt whole or not at all; the one before stays as ckpt_prev.pt, this one also under the name keep_as."""
     path = os.path.join(out_dir, 'ckpt.pt')
     try:
         with open(path + '.tmp', 'wb') as f:
@@ -312,10 +339,30 @@ def save_checkpoint(out_dir, ckpt):
     if os.path.exists(path):
         os.replace(path, os.path.join(out_dir, 'ckpt_prev.pt'))
     os.replace(path + '.tmp', path)
+    if keep_as:
+        shutil.copyfile(path, os.path.join(out_dir, keep_as + '.tmp'))
+        os.replace(os.path.join(out_dir, keep_as + '.tmp'), os.path.join(out_dir, keep_as))
+
+
+def lock(out_dir):
+    """One run at a time writes an out_dir -> the open lock file; the system releases it however the process ends. UserError if it is taken."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        f = open(os.path.join(out_dir, 'lock'), 'a')
+    except OSError as e:
+        raise UserError(f"out_dir={out_dir!r} cannot be written: {e.strerror}") from None
+    try:
+        import fcntl
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        print("no file locks on this system: take care that only one run writes this out_dir")
+    except OSError:
+        raise UserError(f"another run is writing {out_dir}; stop it or choose another --out_dir") from None
+    return f
 
 # what a resumed run may change without changing the mathematics, or (max_iters) on purpose
-FREE = ('out_dir', 'init_from', 'overwrite', 'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'sample_interval', 'wandb_log',
-        'wandb_project', 'data_dir', 'max_iters', 'max_epochs', 'sampler', 'steps', 'gamma', 'w', 'cfg', 'device', 'compile')
+FREE = ('out_dir', 'init_from', 'overwrite', 'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'keep_interval', 'sample_interval', 'wandb_log',
+        'wandb_project', 'data_dir', 'verify_data', 'max_iters', 'max_minutes', 'max_bad_steps', 'max_epochs', 'sampler', 'steps', 'gamma', 'w', 'cfg', 'device', 'compile')
 
 
 def load_resume(out_dir, config):
@@ -362,7 +409,7 @@ PEAK = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S':
 
 if __name__ == '__main__':
     from tqdm import tqdm
-    config = configure(globals())
+    config, started = configure(globals()), time.time()
 
     # ---- ranks, device, precision -----------------------------------------------------------------------------------
     rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
@@ -379,12 +426,14 @@ if __name__ == '__main__':
     for name, allowed in (('optimizer', ('muon', 'adamw')), ('lr_schedule', ('constant', 'cosine')), ('pad_token', ('pad', 'eos')), ('ns_dtype', ('float32', 'bfloat16'))):
         if config[name] not in allowed:
             raise UserError(f"{name}={config[name]!r} is not one of {', '.join(map(repr, allowed))}")
-    for name in ('batch_size', 'gradient_accumulation_steps', 'max_length', 'log_interval', 'eval_interval', 'eval_iters', 'save_interval'):
+    for name in ('batch_size', 'gradient_accumulation_steps', 'max_length', 'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'max_bad_steps'):
         if config[name] < 1:
             raise UserError(f"{name}={config[name]}: must be at least 1")
     if gradient_accumulation_steps % world:
         raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} micro-batches do not divide over {world} ranks; give a multiple of {world}")
-    meta = open_bins(data_dir, dataset)
+    if keep_interval % save_interval:
+        raise UserError(f"keep_interval={keep_interval} must be a multiple of save_interval={save_interval}")
+    meta = open_bins(data_dir, dataset, verify_data)
     for part in ('encoder', 'tokenizer'):
         if config[part] not in ('', meta[part]):
             raise UserError(f"{meta['dir']} was made with {part} {meta[part]}, this run asks for {config[part]}; prepare it again or drop --{part}")
@@ -396,6 +445,7 @@ if __name__ == '__main__':
     if max_input_length >= max_length:
         raise UserError(f"max_input_length={max_input_length} leaves no room for a target in rows of max_length={max_length}; lower it")
     micro_steps = gradient_accumulation_steps // world
+    layout = dict(ranks=world, device=device.type, dtype='bfloat16' if 'bfloat16' in decided else 'float32', compile=compile)
     rows_per_step = batch_size * gradient_accumulation_steps
     if max_epochs:
         max_iters = int(max_epochs * (meta['rows']['train'] // rows_per_step or 1))
@@ -406,14 +456,19 @@ if __name__ == '__main__':
     text = {k: meta[k] for k in ('vocab_size', 'latent_dim', 'encoder', 'tokenizer', 'latent_mean', 'latent_std')}
     preset = asdict(MODELS[size])
     model_args = preset | {k: config[k] for k in preset if k in config and config[k] != -1} | text
+    # torchrun --max-restarts starts again with the same command line
+    there = any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'ckpt_prev.pt'))
+    if init_from == 'auto' or there and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+        init_from = 'resume' if there else 'scratch'
     if init_from == 'resume':
         resumed_from, ckpt = load_resume(out_dir, config)
-    elif init_from == 'scratch' and not overwrite and os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+    elif init_from == 'scratch' and not overwrite and there:
         raise UserError(f"{out_dir}/ckpt.pt is there already; go on with --init_from=resume, choose another --out_dir, or --overwrite=true")
 
     ddp = 'RANK' in os.environ
     if ddp:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        host_group = dist.new_group(backend='gloo')     # for decisions that must not wait for the GPU
 
     # ---- model: from scratch, resumed, or from published weights ------------------------------------------------------
     text_encoder = TextEncoder(meta['encoder'], meta['latent_mean'], meta['latent_std']).to(device)
@@ -447,6 +502,7 @@ if __name__ == '__main__':
         optimizer = torch.optim.AdamW(params, learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
     if init_from == 'resume':
         optimizer.load_state_dict(ckpt['optimizer'])
+        changed = [f"{k} was {ckpt['layout'][k]}, now {v}" for k, v in layout.items() if ckpt.get('layout', layout)[k] != v]
         del ckpt
     compiled = compile and compile_in_place(raw_model, device, static=True)
     if compiled:
@@ -463,9 +519,14 @@ if __name__ == '__main__':
     say(f"step: {batch_size} rows * {gradient_accumulation_steps} micro-batches = {rows_per_step} rows, {rows_per_step * max_length:,} tokens; "
         f"{max_iters} iterations = {max_iters * rows_per_step / meta['rows']['train']:.2f} epochs, {warmup_iters} of warm-up, peak lr {learning_rate:.2e}")
     say(f"start: {'resumed ' + resumed_from + f' at iteration {iter_num}' if init_from == 'resume' else init_from}")
-    os.makedirs(out_dir, exist_ok=True)
+    if init_from == 'resume' and changed:
+        say(f"  {'; '.join(changed)}: same rows and draws, but sums in another order, so not bit for bit")
     metrics_file = os.path.join(out_dir, 'metrics.jsonl')
     if master:
+        locked = lock(out_dir)
+        for name in ('ckpt.pt', 'ckpt_prev.pt') if init_from != 'resume' else ():       # of a run that this one overwrites
+            if os.path.exists(os.path.join(out_dir, name)):
+                os.replace(os.path.join(out_dir, name), os.path.join(out_dir, 'old_' + name))
         with open(os.path.join(out_dir, 'settings.json'), 'w') as f:
             json.dump(dict(config=config, model_args=model_args, torch=torch.__version__, python=sys.version.split()[0], command=sys.argv), f, indent=1)
         # a resumed run writes again what came after its checkpoint
@@ -507,15 +568,27 @@ if __name__ == '__main__':
         return get_rows(meta, 'train', rows, max_length, max_input_length, pad_token), draw(c, batch_size, max_length, generator, device)
 
     def checkpoint():
+        global saved
+        saved = iter_num
         if master:
             save_checkpoint(out_dir, dict(config=config, model_args=asdict(c), model=raw_model.state_dict(), ema=ema.state_dict(),
-                                          optimizer=optimizer.state_dict(), iter_num=iter_num, rows_seen=iter_num * rows_per_step))
+                                          optimizer=optimizer.state_dict(), iter_num=iter_num, rows_seen=iter_num * rows_per_step, layout=layout),
+                            f'ckpt_{iter_num}.pt' if keep_interval and iter_num % keep_interval == 0 else '')
 
     # ---- the loop -------------------------------------------------------------------------------------------------------
     flops = estimate_flops(c, max_length) * rows_per_step / world
     peak = next((v for k, v in PEAK.items() if k in decided), None)
     bar = tqdm(total=max_iters, initial=iter_num, desc='training', unit='it', disable=None if master else True)
-    first_iter, batch = iter_num, next_batch(iter_num, 0)
+    loader = ThreadPoolExecutor(1)
+    first_iter, saved, bad_steps, batch = iter_num, iter_num, 0, loader.submit(next_batch, iter_num, 0)
+    stop = []       # why to end before max_iters: the number of a signal, or 0 when the time is up
+
+    def on_signal(number, frame):
+        if stop:
+            raise KeyboardInterrupt     # a second one does not wait for the step
+        stop.append(number)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
     clock, timed = time.perf_counter(), 0       # both restart after whatever is not training
     while True:
         last = iter_num >= max_iters
@@ -544,6 +617,15 @@ if __name__ == '__main__':
                 tqdm.write(f"iter {iter_num}: sampled | {printable(texts[0]['generated'])[:120]}")
         if last:
             break
+        if max_minutes and time.time() - started > 60 * max_minutes:
+            stop.append(0)
+        reason = torch.tensor(1 + stop[0] if stop else 0)
+        if ddp:
+            dist.all_reduce(reason, dist.ReduceOp.MAX, group=host_group)     # all stop at the same step
+        if reason:
+            if saved < iter_num:
+                checkpoint()
+            break
         clock += time.perf_counter() - pause
 
         lr = lr_at(iter_num, config)
@@ -553,11 +635,11 @@ if __name__ == '__main__':
         for micro_step in range(micro_steps):
             # no_sync must hold forward and backward, else DDP reduces in every micro-step all the same
             with net.no_sync() if ddp and micro_step < micro_steps - 1 else nullcontext():
-                rows, draws = batch
+                rows, draws = batch.result()
                 with ctx:
                     loss, parts = compute_loss(net, *encode(text_encoder, rows, pad_token, draws, device), draws)
                 following = (iter_num, micro_step + 1) if micro_step + 1 < micro_steps else (iter_num + 1, 0)
-                batch = next_batch(*following)                              # while the GPU works
+                batch = loader.submit(next_batch, *following)               # while this one is at work
                 (loss / micro_steps).backward()
             sums[0] += loss.detach() / micro_steps
             for at, name in ((1, 'l2'), (3, 'ce')):
@@ -565,10 +647,20 @@ if __name__ == '__main__':
                     sums[at] += parts[name]
                     sums[at + 1] += 1
         grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
-        optimizer.step()
+        norm = grad_norm.item()         # waits for the GPU: what is not finite must touch neither weights nor averages
+        if math.isfinite(norm):
+            bad_steps = 0
+            optimizer.step()
+            decay = min(ema_decay, (1 + iter_num) / (10 + iter_num)) if ema_warmup else ema_decay
+            torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
+        else:
+            bad_steps += 1
+            say(f"iter {iter_num + 1}: SKIPPED, the gradient norm is {norm} (loss {sums[0].item()}, lr {lr:.2e}); {bad_steps} in a row")
+            log(iter=iter_num + 1, bad_steps=bad_steps, lr=lr)
+            if bad_steps == max_bad_steps:
+                raise UserError(f"{bad_steps} steps in a row without a finite gradient, up to iter {iter_num + 1} (norm {norm}, loss {sums[0].item()}, lr {lr:.2e}); "
+                                f"weights are those before them, saved at iter {saved} in {out_dir}; resume with a lower learning_rate")
         optimizer.zero_grad(set_to_none=True)
-        decay = min(ema_decay, (1 + iter_num) / (10 + iter_num)) if ema_warmup else ema_decay
-        torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
         iter_num += 1
         timed += 1
         bar.update(1)
@@ -577,22 +669,26 @@ if __name__ == '__main__':
             if world > 1:
                 sums[0] /= world
                 dist.all_reduce(sums)
-            total, l2, n_l2, ce, n_ce = sums.tolist()                       # waits for the GPU, the only place that does
+            total, l2, n_l2, ce, n_ce = sums.tolist()
             l2, ce = l2 / n_l2 if n_l2 else math.nan, ce / n_ce if n_ce else math.nan
-            if not math.isfinite(total):
-                raise UserError(f"loss is {total} at iter {iter_num} (lr {lr:.1e}, grad norm {grad_norm.item():.2g}); the last checkpoint in {out_dir} is intact")
             seconds = (time.perf_counter() - clock) / timed
             speed, left = rows_per_step * max_length / seconds, seconds * (max_iters - iter_num)
             mfu = f" | mfu {flops / seconds / peak:.0%}" if peak else ''
             bar.clear()
-            say(f"iter {iter_num}: loss {total:.4f} (l2 {l2:.4f}, ce {ce:.4f}) | grad {grad_norm.item():.2f} | lr {lr:.2e} | {seconds * 1e3:.0f} ms | {speed:,.0f} tok/s{mfu} | {left / 60:.0f} min left", flush=True)
-            log(iter=iter_num, loss=total, l2=l2, ce=ce, grad_norm=grad_norm.item(), lr=lr, ms=seconds * 1e3, tokens_per_s=speed)
+            say(f"iter {iter_num}: loss {total:.4f} (l2 {l2:.4f}, ce {ce:.4f}) | grad {norm:.2f} | lr {lr:.2e} | {seconds * 1e3:.0f} ms | {speed:,.0f} tok/s{mfu} | {left / 60:.0f} min left", flush=True)
+            log(iter=iter_num, loss=total, l2=l2, ce=ce, grad_norm=norm, lr=lr, ms=seconds * 1e3, tokens_per_s=speed)
             clock, timed = time.perf_counter(), 0
 
     # ---- the end ----------------------------------------------------------------------------------------------------------
     bar.close()
+    loader.shutdown()
     if master:
         plot_losses(out_dir)
-        print(f"done: {out_dir}/ckpt.pt, metrics.jsonl, loss.png; next: python sample.py --out_dir={out_dir} --trace=8")
+        say(f"done: {out_dir}/ckpt.pt, metrics.jsonl, loss.png; next: python sample.py --out_dir={out_dir} --trace=8" if last else
+            f"stopped at iteration {iter_num} ({'signal ' + signal.Signals(reason.item() - 1).name if reason > 1 else 'max_minutes'}), saved in {out_dir}; go on with --init_from=resume")
     if ddp:
         dist.destroy_process_group()
+    if master:
+        locked.close()
+    if not last and reason > 1:
+        sys.exit(127 + reason.item())       # 128 + the number of the signal, as shells have it

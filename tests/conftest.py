@@ -2,6 +2,7 @@
 import json
 import os
 import runpy
+import signal
 import sys
 
 import numpy as np
@@ -60,7 +61,12 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
         monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
         capsys.readouterr()
-        runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return capsys.readouterr().out
     return run
 
