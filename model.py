@@ -17,6 +17,7 @@ shapes: B batch, T tokens, C latent width, D model width, H heads, P prefix toke
 import math
 import os
 import re
+import zipfile
 from dataclasses import dataclass, fields
 
 import torch
@@ -496,6 +497,11 @@ def load_checkpoint(path):
         if path.endswith('.safetensors'):
             from safetensors.torch import load_file
             return load_file(path)
+        if zipfile.is_zipfile(path):        # torch.load does not check its own files, and reads noise where one bit says "folder"
+            with zipfile.ZipFile(path) as z:
+                damaged = next((i.filename for i in z.infolist() if i.compress_type or i.external_attr or i.file_size != i.compress_size), None) or z.testzip()
+                if damaged:
+                    raise ValueError(f"{damaged} in it is damaged (checksum)")
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:      # unpickling a damaged file can raise nearly anything
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]

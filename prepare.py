@@ -77,10 +77,10 @@ def pydocs_text():
 
 
 def blocks(lines, size):
-    """Lines, their ends included -> blocks of whole lines of about size characters; an endless line is cut between words."""
+    """Lines, their ends included -> blocks of whole lines of about size characters; an endless line is cut between words, an endless word anywhere."""
     block, count = [], 0
     for line in lines:
-        for part in [line] if len(line) <= 2 * size else re.findall(rf'(?s).{{1,{size}}}(?:\s+|$)|\S+\s*', line):
+        for part in [line] if len(line) <= 2 * size else re.findall(rf'(?s).{{1,{size}}}(?:\s+|$)|\S{{1,{size}}}\s*', line):
             block.append(part)
             count += len(part)
             if count >= size:

@@ -138,7 +138,7 @@ def open_bins(data_dir, dataset, verify=False):
                         raise UserError(f"{folder}/{name} is not what prepare.py wrote (checksum); prepare it again")
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OverflowError, RecursionError) as e:
+    except Exception as e:      # a damaged file can raise nearly anything
         raise UserError(f"{folder} is damaged ({type(e).__name__}: {' '.join(str(e).split())[:200]}); prepare the dataset again") from None
     return meta
 
@@ -402,6 +402,15 @@ def plot_losses(out_dir):
         axis.legend()
         axis.grid(alpha=0.3)
     fig.savefig(os.path.join(out_dir, 'loss.png'), dpi=120)
+    plt.close(fig)
+
+# what a number may be, where not every number will do
+RANGES = {name: (1, 10**9) for name in ('batch_size', 'gradient_accumulation_steps', 'max_length', 'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'max_bad_steps')} \
+    | {name: (0, 10**12) for name in ('keep_interval', 'sample_interval', 'max_input_length', 'max_iters', 'warmup_iters', 'max_minutes', 'max_epochs', 'warmup_epochs', 'seed')} \
+    | {name: (0, 1) for name in ('t_eps', 'self_cond_prob', 'decoder_prob', 'drop_cond_prob', 'ema_decay')} \
+    | {name: (0, 1e6) for name in ('t_std', 'noise_scale', 'w_min', 'w_max', 'decoder_std', 'decoder_noise_scale', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip')} \
+    | {name: (-1e6, 1e6) for name in ('t_mean', 'decoder_mean', 'gamma', 'w', 'cfg')} \
+    | dict(n_layer=(-1, 10**4), n_embd=(-1, 10**6), n_head=(-1, 10**4), bottleneck=(1, 10**6), n_time=(1, 1000), n_scale=(1, 1000), n_mode=(1, 1000), steps=(-1, 10**6))
 
 # dense bfloat16 peak of a GPU in FLOP/s, for the fraction of it that a run reaches
 PEAK = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12, '3090': 71e12}
@@ -426,9 +435,9 @@ if __name__ == '__main__':
     for name, allowed in (('optimizer', ('muon', 'adamw')), ('lr_schedule', ('constant', 'cosine')), ('pad_token', ('pad', 'eos')), ('ns_dtype', ('float32', 'bfloat16'))):
         if config[name] not in allowed:
             raise UserError(f"{name}={config[name]!r} is not one of {', '.join(map(repr, allowed))}")
-    for name in ('batch_size', 'gradient_accumulation_steps', 'max_length', 'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'max_bad_steps'):
-        if config[name] < 1:
-            raise UserError(f"{name}={config[name]}: must be at least 1")
+    for name, (low, high) in RANGES.items():
+        if not low <= config[name] <= high:     # nan is in no range
+            raise UserError(f"{name}={config[name]}: must lie between {low} and {high}")
     if gradient_accumulation_steps % world:
         raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} micro-batches do not divide over {world} ranks; give a multiple of {world}")
     if keep_interval % save_interval:
@@ -455,6 +464,8 @@ if __name__ == '__main__':
     config |= dict(max_iters=max_iters, warmup_iters=warmup_iters, learning_rate=learning_rate)
     text = {k: meta[k] for k in ('vocab_size', 'latent_dim', 'encoder', 'tokenizer', 'latent_mean', 'latent_std')}
     preset = asdict(MODELS[size])
+    if 0 in (n_layer, n_embd, n_head) or w_max < w_min or sampler not in ('ode', 'sde'):
+        raise UserError(f"n_layer={n_layer}, n_embd={n_embd}, n_head={n_head} start at 1 (-1 = as in {size}), w_min={w_min} must not exceed w_max={w_max}, sampler={sampler!r} is 'ode' or 'sde'")
     model_args = preset | {k: config[k] for k in preset if k in config and config[k] != -1} | text
     # torchrun --max-restarts starts again with the same command line
     there = any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'ckpt_prev.pt'))
@@ -477,7 +488,10 @@ if __name__ == '__main__':
     iter_num = 0
     torch.manual_seed(seed)
     if init_from in ('scratch', 'resume'):
-        raw_model = ELF(ELFConfig(**model_args))
+        try:
+            raw_model = ELF(ELFConfig(**model_args))
+        except RuntimeError as e:
+            raise UserError(f"no network of n_layer={model_args['n_layer']}, n_embd={model_args['n_embd']}: {str(e).splitlines()[0]}") from None
     else:
         raw_model = ELF.from_pretrained(init_from)
         wrong = [f"{k} is {getattr(raw_model.config, k)} there, {meta[k]} in {meta['dir']}" for k in ('vocab_size', 'latent_dim') if getattr(raw_model.config, k) != meta[k]]
@@ -521,6 +535,14 @@ if __name__ == '__main__':
     say(f"start: {'resumed ' + resumed_from + f' at iteration {iter_num}' if init_from == 'resume' else init_from}")
     if init_from == 'resume' and changed:
         say(f"  {'; '.join(changed)}: same rows and draws, but sums in another order, so not bit for bit")
+    stop = []       # why to end before max_iters: the number of a signal, or 0 when the time is up
+
+    def on_signal(number, frame):
+        if stop:
+            raise KeyboardInterrupt     # a second one does not wait for the step
+        stop.append(number)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
     metrics_file = os.path.join(out_dir, 'metrics.jsonl')
     if master:
         locked = lock(out_dir)
@@ -581,14 +603,6 @@ if __name__ == '__main__':
     bar = tqdm(total=max_iters, initial=iter_num, desc='training', unit='it', disable=None if master else True)
     loader = ThreadPoolExecutor(1)
     first_iter, saved, bad_steps, batch = iter_num, iter_num, 0, loader.submit(next_batch, iter_num, 0)
-    stop = []       # why to end before max_iters: the number of a signal, or 0 when the time is up
-
-    def on_signal(number, frame):
-        if stop:
-            raise KeyboardInterrupt     # a second one does not wait for the step
-        stop.append(number)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
     clock, timed = time.perf_counter(), 0       # both restart after whatever is not training
     while True:
         last = iter_num >= max_iters
