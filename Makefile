@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEMO ?=
 DEMO_SAMPLES ?= 200
 
-.PHONY: demo test
+.PHONY: demo test stress
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -22,3 +22,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q tests
+
+# half an hour: 100 kills, 20 dead ranks, 1,000 command lines, ten minutes of memory, a task learned by heart
+stress: .venv/ready
+	.venv/bin/python -m pytest -q -s --slow -m slow tests

@@ -478,7 +478,11 @@ if __name__ == '__main__':
 
     ddp = 'RANK' in os.environ
     if ddp:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        # torchrun keeps its store over restarts on a node: without a prefix of their own, new ranks would find the addresses of dead ones
+        store, _, _ = next(dist.rendezvous('env://'))
+        if os.environ.get('LOCAL_WORLD_SIZE') == str(world):
+            store = dist.PrefixStore('attempt ' + os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world)
         host_group = dist.new_group(backend='gloo')     # for decisions that must not wait for the GPU
 
     # ---- model: from scratch, resumed, or from published weights ------------------------------------------------------
@@ -522,7 +526,7 @@ if __name__ == '__main__':
     if compiled:
         text_encoder.compile(dynamic=False)
     # no buffers to broadcast: a rank whose rows need no first guess may skip that pass without the others waiting for it
-    net = DistributedDataParallel(raw_model, device_ids=[device] if device.type == 'cuda' else None, broadcast_buffers=False) if ddp else raw_model
+    net = DistributedDataParallel(raw_model, device_ids=[device] if device.type == 'cuda' else None, forward_sync_buffers=False) if ddp else raw_model
 
     # ---- say what was decided -------------------------------------------------------------------------------------------
     count = lambda ps: f"{sum(p.numel() for p in ps):,}"

@@ -206,7 +206,7 @@ MISTAKES = [
     (['--device=cuda'], "device='cuda' is not available here"),
     (['--dtype=fp8'], "dtype='fp8' is not one of"),
     (['--n_head=3'], 'n_head=3'),
-    (['--batch_size=0'], 'batch_size=0: must be at least 1'),
+    (['--batch_size=0'], 'batch_size=0: must lie between'),
     (['--optimizer=sgd'], "optimizer='sgd' is not one of"),
     (['--init_from=resume'], 'nothing to resume'),
     (['--init_from=./nowhere'], 'nothing to load'),
