@@ -10,12 +10,13 @@ Text to tokenised, memory-mapped bins: data/<name>/{train,val}.bin, {train,val}.
 
 Everything streams: memory does not grow with the data. A set appears under its name whole or not at all.
 """
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
-from array import array
+import time
 from itertools import islice
 
 import numpy as np
@@ -389,6 +390,9 @@ if __name__ == '__main__':
                 yield from zip(coded[::2], coded[1::2])
 
     # ---- tokenizer, encoder, bins: in a folder of another name until all is there ---------------------------------------
+    for left in glob.glob(os.path.join(data_dir, f'.{name}.tmp-*')):        # by a run that was killed
+        if os.path.getmtime(left) < time.time() - 86400:
+            shutil.rmtree(left, ignore_errors=True)
     folder = os.path.join(data_dir, f'.{name}.tmp-{os.getpid()}')
     try:
         os.makedirs(folder)

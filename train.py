@@ -109,7 +109,9 @@ seed = 42                   # of initial weights, row order and all draws
 def open_bins(data_dir, dataset, verify=False):
     """meta.json of a prepared dataset -> dict, with its folder as 'dir' and tokenizer and encoder as loadable names; sizes and offsets
     are checked against it, with verify the checksums too. UserError if anything does not fit."""
-    folder = os.path.join(data_dir, dataset)
+    folder, old = os.path.join(data_dir, dataset), os.path.join(data_dir, f'.{dataset}.old')
+    if os.path.isdir(old) and not os.path.exists(folder):
+        os.replace(old, folder)     # prepare.py was killed between its two renames
     for name in ('meta.json', 'train.bin', 'val.bin', 'train.idx.npy', 'val.idx.npy'):
         if not os.path.isfile(os.path.join(folder, name)):
             raise UserError(f"{os.path.join(folder, name)} not found; run: python prepare.py --dataset={dataset}")

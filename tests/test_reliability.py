@@ -121,6 +121,26 @@ def test_a_rank_dies_and_torchrun_brings_the_run_back(run, tiny, tmp_path, round
     assert 'ranks was 2, now 1' in said and 'not bit for bit' in said and state(out)['iter_num'] == iters + 3
 
 
+@long_or_short(2, 20)
+def test_prepare_killed_anywhere_leaves_the_old_set_or_the_new_one(run, tmp_path, rounds):
+    rng, texts = random.Random(2), [b'one two three four five six seven\n' * n for n in (400, 900)]
+    args = [f'--dataset={tmp_path}/x.txt', f'--data_dir={tmp_path}/data', '--encoder_layers=1', '--encoder_dim=8']
+    (tmp_path / 'x.txt').write_bytes(texts[0])
+    run('prepare.py', *args)
+    old = train.open_bins(str(tmp_path / 'data'), 'x', verify=True)
+    (tmp_path / 'x.txt').write_bytes(texts[1])
+    for _ in range(rounds):
+        process = subprocess.Popen(command('prepare.py', *args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda: len(os.listdir(tmp_path / 'data')) > 1, process)
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        process.wait()
+        meta = train.open_bins(str(tmp_path / 'data'), 'x', verify=True)
+        assert meta['rows'] == old['rows'] or meta['tokens']['train'] > old['tokens']['train']
+    run('prepare.py', *args)
+    assert train.open_bins(str(tmp_path / 'data'), 'x', verify=True)['tokens']['train'] > old['tokens']['train']
+
+
 @pytest.mark.parametrize('moment', ['step', 'validation', 'save'])
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_stop(run, tiny, tmp_path, monkeypatch, capsys, moment, number):
