@@ -38,7 +38,14 @@ def command(script, *args, ranks=0, restarts=0):
 
 
 def start(out_dir, *args, **how):
-    return subprocess.Popen(command('train.py', f'--out_dir={out_dir}', *args, **how), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | QUIET)     # one thread: the same sums each time
+    """train.py as a process of its own, one thread (the same sums each time), what it prints in <out_dir>.log."""
+    with open(f'{out_dir}.log', 'w') as f:
+        return subprocess.Popen(command('train.py', f'--out_dir={out_dir}', *args, **how), stdout=f, stderr=subprocess.STDOUT, env=os.environ | QUIET)
+
+
+def printed(out_dir):
+    with open(f'{out_dir}.log') as f:
+        return f.read()
 
 
 def wait_for(condition, process, seconds=120):
@@ -111,7 +118,8 @@ def test_a_rank_dies_and_torchrun_brings_the_run_back(run, tiny, tmp_path, round
         os.kill(rng.choice(ranks), signal.SIGKILL)
         wait_for(lambda: not set(children(process.pid)) & set(ranks), process)
         assert time.time() - began < 60, "the other rank hangs"
-    text = process.communicate()[0]
+    process.wait(timeout=300)
+    text = printed(out)
     assert process.returncode == 0 and text.count('resumed') == rounds, text[-3000:]
     run('train.py', *how, f'--max_iters={iters}', f'--out_dir={tmp_path}/alone')
     a, b = state(tmp_path / 'alone'), state(out)
@@ -171,7 +179,8 @@ def test_sigterm_to_a_real_process_while_it_compiles(tiny, tmp_path):
     process = start(tmp_path, *tiny, '--max_iters=100000', '--compile=true')
     wait_for(lambda: (tmp_path / 'settings.json').exists(), process)
     process.terminate()
-    text = process.communicate(timeout=300)[0]
+    process.wait(timeout=300)
+    text = printed(tmp_path)
     assert process.returncode == 143 and 'Traceback' not in text and 'signal SIGTERM' in text, text[-2000:]
 
 
@@ -412,7 +421,7 @@ def test_memory_of_a_long_run_is_flat(tiny, tmp_path):
                 seen.append((time.time() - began, int(f.read().split()[1]) * resource.getpagesize()))
         except (OSError, IndexError):
             break
-    process.communicate()
+    process.wait()
     early = [m for t, m in seen if 60 < t < 180]
     late = [m for t, m in seen if 480 < t < 590]
     print(f"resident {np.median(early) / 2**20:.0f} MiB after two minutes, {np.median(late) / 2**20:.0f} after nine")
