@@ -9,6 +9,7 @@ its own, so it may compute; helper names start with an underscore. Everything el
 """
 import ast
 import difflib
+import errno
 import os
 import runpy
 import sys
@@ -24,6 +25,8 @@ def one_line_errors(kind, error, traceback):
         print("\ninterrupted", file=sys.stderr)
     elif issubclass(kind, UserError):
         print(f"error: {error}", file=sys.stderr)
+    elif issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        print(f"error: no room to write {error.filename or 'a file'}: {error.strerror}; the checkpoints there are intact", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 
@@ -163,6 +164,7 @@ class ELF(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        self.recompute = False      # activations of the blocks in the backward pass: a forward more, far less memory
         C, D = c.latent_dim, c.n_embd
         if D % c.n_head or D // c.n_head % 2:
             raise UserError(f"n_embd={D} does not split into n_head={c.n_head} heads of even width; change one of them")
@@ -200,7 +202,7 @@ class ELF(nn.Module):
         """
         B, T, _ = z.shape
         m = B - n_decode
-        # the ends stay in float32 under autocast: x_hat feeds v with a factor of up to 1 / t_eps
+        # all that x_hat goes through at the ends stays in float32 under autocast: it feeds v with a factor of up to 1 / t_eps
         with torch.autocast(z.device.type, enabled=False):
             h = self.self_cond_proj(torch.cat((z, x_prev), dim=-1).float())                 # (B, T, C)
             h = self.text_proj.proj2(self.text_proj.proj1(h))                               # (B, T, D)
@@ -212,11 +214,11 @@ class ELF(nn.Module):
         P = h.shape[1] - T
         cos, sin = rope_tables(P, T, self.config.n_embd // self.config.n_head, z.device)
         for block in self.blocks:
-            h = block(h, cos, sin)
+            h = checkpoint(block, h, cos, sin, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(h, cos, sin)
         h = h[:, P:]                                                                        # (B, T, D)
         with torch.autocast(z.device.type, enabled=False):
             x_hat = self.final_layer.linear(self.final_layer.norm_final(h[:m].float()))     # (B-n, T, C)
-            logits = self.unembed(F.gelu(self.proj(h[m:].float()), approximate='tanh'))     # (n, T, V)
+        logits = self.unembed(F.gelu(self.proj(h[m:]), approximate='tanh'))                 # (n, T, V)
         return x_hat, logits
 
     def denoise(self, z, x_prev, t, w):
@@ -349,7 +351,7 @@ def compute_loss(net, x0, tokens, loss_mask, cond_mask, draws):
         target[sc] += strength * (v_hat.detach()[sc] - v(x_u, z_m[sc], t_m[sc]))
 
     l2 = (v_hat - target).square().mean(dim=-1) * mask[:m]                                              # (m, T)
-    ce = F.cross_entropy(logits.flatten(0, 1), tokens[m:].flatten(), reduction='none').view_as(tokens[m:]) * mask[m:]
+    ce = F.cross_entropy(logits.float().flatten(0, 1), tokens[m:].flatten(), reduction='none').view_as(tokens[m:]) * mask[m:]
     loss = (l2.sum() + ce.sum()) / mask.sum().clamp(min=1)          # one mean over the positions of all rows
     parts = {}
     if m:

@@ -7,7 +7,6 @@ How ELF is trained. The settings below are the published recipe: ELF-B on OpenWe
     torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 train.py config/owt_elf_b.py   # two
 """
 import copy
-import hashlib
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError, configure
 from model import ELF, MODELS, ELFConfig, TextEncoder, compute_loss, draw, estimate_flops, load_checkpoint
+from prepare import sha256
 from sample import compile_in_place, load_tokenizer, pick_device, printable, read_inputs, resolve_sampling, sample_texts
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,6 +102,7 @@ cfg = 1.0
 device = 'auto'             # 'cuda', 'mps', 'cpu', 'auto' = the first of these that is there
 dtype = 'auto'              # 'float32' or 'bfloat16' autocast, 'auto' = bfloat16 where the hardware is fast at it
 compile = True              # torch.compile the network
+recompute = False           # activations in the backward pass: a third more work, far less memory; for ELF-L on smaller GPUs
 seed = 42                   # of initial weights, row order and all draws
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -135,9 +136,8 @@ def open_bins(data_dir, dataset, verify=False):
             if flat[0] != 0 or (flat[1:] < flat[:-1]).any():
                 raise UserError(f"{folder}/{split}.idx.npy has offsets that do not rise from 0 to {tokens}; prepare it again")
             for name in (f'{split}.bin', f'{split}.idx.npy') if verify else ():
-                with open(os.path.join(folder, name), 'rb') as f:
-                    if hashlib.file_digest(f, 'sha256').hexdigest() != meta['checksums'][name]:
-                        raise UserError(f"{folder}/{name} is not what prepare.py wrote (checksum); prepare it again")
+                if sha256(os.path.join(folder, name)) != meta['checksums'][name]:
+                    raise UserError(f"{folder}/{name} is not what prepare.py wrote (checksum); prepare it again")
     except UserError:
         raise
     except Exception as e:      # a damaged file can raise nearly anything
@@ -342,8 +342,9 @@ def save_checkpoint(out_dir, ckpt, keep_as=''):
         os.replace(path, os.path.join(out_dir, 'ckpt_prev.pt'))
     os.replace(path + '.tmp', path)
     if keep_as:
-        shutil.copyfile(path, os.path.join(out_dir, keep_as + '.tmp'))
-        os.replace(os.path.join(out_dir, keep_as + '.tmp'), os.path.join(out_dir, keep_as))
+        kept = os.path.join(out_dir, keep_as)
+        shutil.copyfile(path, kept + '.tmp')
+        os.replace(kept + '.tmp', kept)
 
 
 def lock(out_dir):
@@ -364,7 +365,7 @@ def lock(out_dir):
 
 # what a resumed run may change without changing the mathematics, or (max_iters) on purpose
 FREE = ('out_dir', 'init_from', 'overwrite', 'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'keep_interval', 'sample_interval', 'wandb_log',
-        'wandb_project', 'data_dir', 'verify_data', 'max_iters', 'max_minutes', 'max_bad_steps', 'max_epochs', 'sampler', 'steps', 'gamma', 'w', 'cfg', 'device', 'compile')
+        'wandb_project', 'data_dir', 'verify_data', 'max_iters', 'max_minutes', 'max_bad_steps', 'max_epochs', 'sampler', 'steps', 'gamma', 'w', 'cfg', 'device', 'compile', 'recompute')
 
 
 def load_resume(out_dir, config):
@@ -508,6 +509,7 @@ if __name__ == '__main__':
         raw_model.config = ELFConfig(**model_args)
     c = raw_model.config
     raw_model.to(device).train()
+    raw_model.recompute = recompute
     ema = copy.deepcopy(raw_model).eval().requires_grad_(False)
     if init_from == 'resume':
         raw_model.load_state_dict(ckpt['model'])
@@ -593,7 +595,8 @@ if __name__ == '__main__':
         number = iter_num * gradient_accumulation_steps + micro_step * world + rank
         rows = rows_at(meta['rows']['train'], seed, number * batch_size, batch_size)
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1))
-        return get_rows(meta, 'train', rows, max_length, max_input_length, pad_token), draw(c, batch_size, max_length, generator, device)
+        batch = get_rows(meta, 'train', rows, max_length, max_input_length, pad_token)
+        return [a.pin_memory() if device.type == 'cuda' else a for a in batch], draw(c, batch_size, max_length, generator, device)
 
     def checkpoint():
         global saved
