@@ -123,8 +123,9 @@ def open_bins(data_dir, dataset, verify=False):
         for part in ('tokenizer', 'encoder'):       # trained or seeded ones lie beside the bins
             if os.path.isdir(os.path.join(folder, meta[part])):
                 meta[part] = os.path.join(folder, meta[part])
-        if meta['dtype'] not in ('uint16', 'uint32') or not all(0 <= meta[k] < meta['vocab_size'] for k in ('pad_id', 'eos_id')) or not meta['latent_std'] > 0:
-            raise ValueError("dtype, special ids or latent_std")
+        right = meta['dtype'] in ('uint16', 'uint32') and all(0 <= meta[k] < meta['vocab_size'] for k in ('pad_id', 'eos_id')) and meta['latent_dim'] >= 1 <= meta['max_length']
+        if not right or not 0 < meta['latent_std'] < math.inf or not math.isfinite(meta['latent_mean']):
+            raise ValueError("dtype, ids, sizes or latents")
         for split in ('train', 'val'):
             tokens, have = meta['tokens'][split], os.path.getsize(os.path.join(folder, f'{split}.bin'))
             if have != tokens * np.dtype(meta['dtype']).itemsize:
