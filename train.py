@@ -676,7 +676,8 @@ if __name__ == '__main__':
             bad_steps = 0
             optimizer.step()
             decay = min(ema_decay, (1 + iter_num) / (10 + iter_num)) if ema_warmup else ema_decay
-            torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
+            with torch.no_grad():       # else the averages keep the autograd history of every step
+                torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
         else:
             bad_steps += 1
             say(f"iter {iter_num + 1}: SKIPPED, the gradient norm is {norm} (loss {sums[0].item()}, lr {lr:.2e}); {bad_steps} in a row")

@@ -56,14 +56,14 @@ def bins(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(script, *args) -> what it printed. Errors come through as exceptions."""
+    """run(script, *args) -> what it printed; the script's globals are left in run.globals. Errors come through as exceptions."""
     def run(script, *args):
         monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
         monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
         capsys.readouterr()
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+            run.globals = runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

@@ -144,6 +144,7 @@ def test_it_learns_and_samples(run, tiny, tmp_path):
 
 def test_ema_moves_as_said_and_the_checkpoint_holds_every_setting(run, tiny, tmp_path):
     run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=1', '--warmup_iters=0', '--ema_warmup=false', '--ema_decay=0.75', '--seed=3')
+    assert all(p.grad_fn is None for p in run.globals['ema'].parameters()), 'a history of every step, 28 kB each'
     ckpt = load_checkpoint(str(tmp_path / 'ckpt.pt'))
     torch.manual_seed(3)
     for k, start in ELF(ELFConfig(**ckpt['model_args'])).state_dict().items():
