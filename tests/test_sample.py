@@ -2,6 +2,7 @@
 Samplers against the official ones, grids, oracles, and that text i depends on (seed, i) alone.
     python -m pytest -q tests/test_sample.py
 """
+import copy
 import json
 import os
 from types import SimpleNamespace
@@ -13,19 +14,23 @@ from conftest import ROOT
 
 from configurator import UserError
 from model import ELF, ELFConfig
-from sample import cut, decode_ids, generate, printable, row_seed, sample_texts, time_grid
+from sample import cut, decode_ids, generate, pack_linears, printable, row_seed, sample_texts, time_grid
 from test_model import official  # noqa: F401, a fixture: the model of golden/model.npz
 
 GOLDEN = os.path.join(ROOT, 'tests', 'golden')
 
 
+@pytest.mark.parametrize('packed', [False, True])
 @pytest.mark.parametrize('case', ['uncond_ode', 'uncond_sde', 'cond_ode', 'cond_sde'])
-def test_samplers_equal_the_official_ones(case, official):
+def test_samplers_equal_the_official_ones(case, packed, official):
     data = np.load(os.path.join(GOLDEN, 'sampler.npz'))
     how = json.loads(str(data['config']))['cases'][case]
     get = lambda name: torch.tensor(data[f'{case}/{name}'])
     cond = (get('cond_seq'), get('cond_seq_mask')) if how['conditional'] else (None, None)
     model = official
+    if packed:
+        pack_linears(model := copy.deepcopy(official), 'cpu (CPU), float32 (as asked)')
+        assert 'forward' in vars(model.unembed) or not torch.backends.mkl.is_available()
     z = generate(model, get('z_init'), get('t_steps'), how['sampling_method'], how['sde_gamma'], how['self_cond_cfg_scale'], how['cfg_scale'], *cond, step_noise=get('eps'))
     assert (z - get('z')).norm() <= 1e-4 * get('z').norm()
     assert torch.equal(decode_ids(model, z, how['self_cond_cfg_scale']).int(), get('ids'))
