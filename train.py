@@ -189,19 +189,21 @@ def orthogonalize(x, dtype):
     nearest ones with singular values 1. [optax.contrib.muon] The factors commute with A, so that a few turns can run on
     square matrices of the short side alone before the long one is touched again: less work, the same precision.
     """
-    scale = 1 / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32) + 1e-8)
-    x, (m, n) = x.to(dtype), x.shape[-2:]
+    x, (m, n), scale = x.to(dtype), x.shape[-2:], None
     # five in a row would lose the small singular values; nearly square ones have nothing to gain
     for turns in (1,) * 5 if max(m, n) < 1.5 * min(m, n) else (3, 2):
-        A = (x @ x.mT if m < n else x.mT @ x) * (scale * scale).to(dtype)
+        A, first = x @ x.mT if m < n else x.mT @ x, scale is None
+        if first:       # brings x to norm 1, whose square is this trace
+            scale = 1 / (torch.einsum('kii->k', A.float()).sqrt() + 1e-8)[:, None, None]
+            A = A * scale.square().to(dtype)
         for i in range(turns):
             p = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)          # this turn's factor is 3.4445 I + p
             q = torch.baddbmm(q, p, q, beta=3.4445) if i else p + 3.4445 * torch.eye(min(m, n), dtype=dtype, device=x.device)
             if i < turns - 1:
                 A = torch.baddbmm(A, p, A, beta=3.4445)
                 A = torch.baddbmm(A, p, A, beta=3.4445)
-        q = q * scale.to(dtype)
-        x, scale = q @ x if m < n else x @ q, torch.ones_like(scale)
+        q = q * scale.to(dtype) if first else q
+        x = q @ x if m < n else x @ q
     return x
 
 
@@ -221,8 +223,10 @@ class Muon(torch.optim.Optimizer):
             group['step'] += 1
             params, lr, k = group['params'], group['lr'], group['step']
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            moment = lambda name: [self.state[p].setdefault(name, torch.zeros_like(p)) for p in params]
-            beta, average = 0.95 if group['name'] == 'muon' else 0.9, moment('average')
+            for p in params:
+                if p not in self.state:
+                    self.state[p] = {name: torch.zeros_like(p) for name in (('average',) if group['name'] == 'muon' else ('average', 'square'))}
+            beta, average = 0.95 if group['name'] == 'muon' else 0.9, [self.state[p]['average'] for p in params]
             torch._foreach_lerp_(average, grads, 1 - beta)
             # the average gradient, one Nesterov step ahead, bias-corrected
             ahead = lambda i: torch.add(average[i] * (beta / (1 - beta ** (k + 1))), grads[i], alpha=(1 - beta) / (1 - beta ** k))
@@ -230,7 +234,7 @@ class Muon(torch.optim.Optimizer):
                 for p, u in zip(params, self.orthogonal(params, ahead)):
                     p.add_(u, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
                 continue
-            square = moment('square')
+            square = [self.state[p]['square'] for p in params]
             torch._foreach_mul_(square, 0.999)
             torch._foreach_addcmul_(square, grads, grads, value=0.001)
             scale = torch._foreach_div(square, 1 - 0.999 ** k)
