@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configurator import UserError, configure
 from model import ELF, TextEncoder, hub_error
-from sample import cut, load_tokenizer, pack_linears, pick_device, read_inputs, read_jsonl, resolve_sampling, sample_texts
+from sample import cut, load_tokenizer, make_out_dir, pack_linears, pick_device, read_inputs, read_jsonl, resolve_sampling, sample_texts, write_texts
 from train import estimate_loss, get_rows, open_bins
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,8 +44,7 @@ gamma = -1.0                # of the SDE: how much is re-noised
 w = -1.0                    # self-conditioning guidance strength
 cfg = -1.0                  # classifier-free guidance on the condition, 1 = off
 grid = 'logit_normal'       # times: 'logit_normal', 'quantile', 'uniform'
-judge = 'auto'              # causal LM, folder or hub id; 'ngram' needs no download; 'none';
-                            # 'auto' = gpt2-large, none where there are targets
+judge = 'auto'              # causal LM (folder or hub id), 'ngram' (no download), 'none'; 'auto' = gpt2-large, none if there are targets
 judge_batch_size = 16       # texts judged at once
 eval_iters = 10             # batches of the validation loss, 0 = none
 seed = 1337                 # text i depends on (seed, i) alone
@@ -60,13 +59,13 @@ def entropy(ids):
     return -sum(n / len(ids) * math.log(n / len(ids)) for n in Counter(ids).values()) + 0.0
 
 
-def repetition(ids_list, n=5, times=3):
-    """Share of tokens that lie in an n-gram that its own text holds at least `times` times; all texts as one pool."""
+def repetition(ids_list):
+    """Share of tokens that lie in a 5-gram that its own text holds three times or more; all texts as one pool."""
     inside = 0
     for ids in ids_list:
-        grams = [tuple(ids[i:i + n]) for i in range(len(ids) - n + 1)]
+        grams = [tuple(ids[i:i + 5]) for i in range(len(ids) - 4)]
         counts = Counter(grams)
-        inside += len({i + k for i, gram in enumerate(grams) if counts[gram] >= times for k in range(n)})
+        inside += len({i + k for i, gram in enumerate(grams) if counts[gram] >= 3 for k in range(5)})
     return inside / max(1, sum(map(len, ids_list)))
 
 
@@ -302,15 +301,11 @@ if __name__ == '__main__':
     targets = [t.get('target', t.get('output')) for t in inputs or runs.get('samples', ())]
     paired = bool(targets) and all(isinstance(t, str) for t in targets)
     judge = judge if judge != 'auto' else 'none' if paired else 'gpt2-large'
-    if judge == 'ngram' and not meta:
-        raise UserError("--judge=ngram learns from training text; name the bins: --dataset=<folder under data_dir>")
+    if judge == 'ngram' and (not meta or inputs):
+        raise UserError("--judge=ngram learns from training text without conditions; name its bins: --dataset=<folder under data_dir>")
     if judge not in ('ngram', 'none') and rank == 0:
         load_judge(judge, str(device))
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        open(os.path.join(out_dir, 'metrics.jsonl'), 'a').close()
-    except OSError as e:
-        raise UserError(f"{out_dir}/metrics.jsonl cannot be written ({e.strerror}); choose another --out_dir") from None
+    make_out_dir(out_dir)
     report = dict(source=samples or init_from or out_dir, judge=judge, **(dict(seeds=seeds) if seeds else dict(seed=seed)))
     say(f"device: {decided}, {world} rank{'s' * (world > 1)}; judge: {judge}")
 
@@ -319,7 +314,7 @@ if __name__ == '__main__':
         # 'own' ids: those of the dataset's tokenizer if one is named, else words
         max_length, unit, code = 1024, 'words', str.split
         if meta:
-            max_length, unit, tokenizer = meta.get('max_length', 1024), f"tokens of {meta['dir']}", load_tokenizer(meta['tokenizer'])
+            max_length, unit, tokenizer = meta['max_length'], f"tokens of {meta['dir']}", load_tokenizer(meta['tokenizer'])
             code = lambda text: tokenizer(text, add_special_tokens=False)['input_ids']
         runs['samples'] = [t | dict(ids=code(t['generated'])) for t in runs['samples']]
     else:
@@ -337,23 +332,17 @@ if __name__ == '__main__':
             with ctx, tqdm(total=num_samples, desc=name, disable=None if rank == 0 else True) as bar:
                 texts = sample_texts(model, tokenizer, num_samples, batch_size, seed, device, progress=lambda n: bar.update(n * world), rank=rank, world=world,
                                      inputs=[row['input'] for row in inputs] if inputs else None, encoder=encoder, **how)
-            if world > 1:
-                shares = [None] * world
-                dist.all_gather_object(shares, texts)
-                texts = sorted(sum(shares, []), key=lambda t: t['id'])
             if paired:
                 texts = [t | dict(target=target) for t, target in zip(texts, targets)]
             runs[name], report['seconds'] = texts, report['seconds'] + time.time() - start
             if rank == 0:
                 file = os.path.join(out_dir, f'samples_eval_{seed}.jsonl' if seeds else 'samples_eval.jsonl')
-                with open(file + '.tmp', 'w', encoding='utf-8') as f:
-                    f.writelines(json.dumps({k: v for k, v in t.items() if k != 'ids'}, ensure_ascii=False) + '\n' for t in texts)
-                os.replace(file + '.tmp', file)
+                write_texts(file, texts)
                 print(f"{len(texts)} texts in {file}, {time.time() - start:.1f} s, {report['nfe']} forward passes each (NFE): " + ', '.join(f'{k}={v}' for k, v in how.items()))
         if world > 1:
             dist.destroy_process_group()
-        if rank:
-            sys.exit()
+    if rank:
+        sys.exit()
 
     # ---- reference rows: real validation text, and tokens drawn one by one from the training text, in texts of the same lengths
     sets, ngram = {name: ([t['generated'] for t in texts], [t['ids'] for t in texts]) for name, texts in runs.items()}, None
@@ -374,8 +363,7 @@ if __name__ == '__main__':
     if paired:
         for name in runs:
             results[name] |= dict(bleu=bleu(sets[name][0], targets), bleu_cased=bleu(sets[name][0], targets, cased=True)) | rouge(sets[name][0], targets)
-    first = results[next(iter(runs))]
-    mean = {k: statistics.mean(results[name][k] for name in runs) for k in first} if len(runs) > 1 else first
+    mean = {k: statistics.mean(results[name][k] for name in runs) for k in results[next(iter(runs))]}
     report |= mean
     table = dict(results)
     if len(runs) > 1:

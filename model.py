@@ -206,10 +206,10 @@ class ELF(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             h = self.self_cond_proj(torch.cat((z, x_prev), dim=-1).float())                 # (B, T, C)
             h = self.text_proj.proj2(self.text_proj.proj1(h))                               # (B, T, D)
-            time = self.t_emb_tokens + self.t_embedder(t)[:, None]                          # (B, 4, D)
-            scale = self.self_cond_cfg_tokens + self.self_cond_cfg_embedder(w)[:, None]     # (B, 4, D)
+            time = self.t_emb_tokens + self.t_embedder(t)[:, None]                          # (B, n_time, D)
+            scale = self.self_cond_cfg_tokens + self.self_cond_cfg_embedder(w)[:, None]     # (B, n_scale, D)
             decoding = (torch.arange(B, device=z.device) >= m).float()[:, None, None]
-            mode = self.mode_tokens * decoding                                              # (B, 4, D)
+            mode = self.mode_tokens * decoding                                              # (B, n_mode, D)
             h = torch.cat((time, scale, mode, h), dim=1)                                    # (B, P+T, D)
         P = h.shape[1] - T
         cos, sin = rope_tables(P, T, self.config.n_embd // self.config.n_head, z.device)
@@ -240,10 +240,8 @@ class ELF(nn.Module):
         ckpt = load_checkpoint(path)
         state = next((ckpt[k] for k in ('ema', 'ema_params1', 'params') if isinstance(ckpt.get(k), dict)), ckpt)
         state = {re.sub(r'^(_orig_mod\.|module\.)+', '', str(k)): v for k, v in state.items() if isinstance(v, torch.Tensor)}
-        for ours, official in KERNELS.items():
-            if official in state:
-                state[ours] = state.pop(official)
-                state[ours] = state[ours].T if state[ours].ndim == 2 else state[ours]
+        ours = {official: name for name, official in KERNELS.items()}
+        state = {ours.get(k, k): v.T if k in ours and v.ndim == 2 else v for k, v in state.items()}
         try:
             D, width = state['t_emb_tokens'].shape[-1], state['blocks.0.attn.q_norm.weight'].numel()
             sizes = dict(n_embd=D, n_layer=1 + max(int(k.split('.')[1]) for k in state if k.startswith('blocks.')),
@@ -254,7 +252,7 @@ class ELF(nn.Module):
         except (KeyError, ValueError, IndexError, AttributeError, ZeroDivisionError) as e:
             raise UserError(f"{path} holds no ELF weights: {type(e).__name__} {e} while reading the sizes off them; "
                             f"it has {', '.join(map(str, list(state)[:5]))}, ...") from None
-        settings = ckpt.get('model_args') or read_config_yml(path, sizes)
+        settings = {k: v for k, v in (ckpt.get('model_args') or read_config_yml(path, sizes)).items() if k in ELFConfig.__dataclass_fields__}
         model = cls(ELFConfig(**{**settings, **sizes}))
         want = {k: v.shape for k, v in model.state_dict().items()}
         wrong = [f"missing {k}" for k in want.keys() - state.keys()] + [f"left over {k}" for k in state.keys() - want.keys()]
@@ -428,12 +426,13 @@ OFFICIAL = dict(denoiser_p_mean='t_mean', denoiser_p_std='t_std', denoiser_noise
 
 def find_checkpoint(source):
     """File, folder or hub id[/path inside] -> path of the weights here: the largest checkpoint_<step>, else ckpt.pt,
-    else *.safetensors. Local paths come first; from the hub only this file and its config.yml are fetched."""
+    else ckpt_prev.pt, else *.safetensors. Local paths come first; from the hub only this file and its config.yml are fetched."""
     def best(names):
         steps = [n for n in names if re.fullmatch(r'checkpoint_\d+', os.path.basename(n))]
         if steps:
             return max(steps, key=lambda n: int(n.rsplit('_', 1)[1]))
-        return next((n for end in ('ckpt.pt', 'ckpt_prev.pt', '.safetensors') for n in sorted(names) if n.endswith(end)), None)
+        kinds = (r'(.*/)?ckpt\.pt', r'(.*/)?ckpt_prev\.pt', r'.*\.safetensors')      # not old_ckpt.pt, of a run that was overwritten
+        return next((n for kind in kinds for n in sorted(names) if re.fullmatch(kind, n)), None)
     if os.path.isfile(source):
         return source
     if os.path.isdir(source):
@@ -453,10 +452,8 @@ def find_checkpoint(source):
             refused, here = e, snapshot_download(repo, allow_patterns=[], local_files_only=True)
             names = [os.path.relpath(os.path.join(at, f), here).replace(os.sep, '/') for at, _, fs in os.walk(here) for f in fs]
         name = best([n for n in names if not inside or n == inside or n.startswith(inside + '/')])
-        if name is None and refused is None:
-            raise UserError(f"no checkpoint in hub repository {source}: expected checkpoint_<step>, ckpt.pt or a .safetensors file")
         if name is None:
-            raise refused
+            raise refused or UserError(f"no checkpoint in hub repository {source}: expected checkpoint_<step>, ckpt.pt or a .safetensors file")
         beside = os.path.join(os.path.dirname(name), 'config.yml')
         if beside in names:
             hf_hub_download(repo, beside)

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from itertools import islice
 
@@ -24,7 +25,7 @@ import torch
 
 from configurator import UserError, configure
 from model import TextEncoder, hub_error
-from sample import load_tokenizer, read_jsonl
+from sample import load_tokenizer, read_jsonl, read_lines
 
 # ---------------------------------------------------------------------------------------------------------------------
 dataset = 'pydocs'          # 'pydocs', the language reference inside every Python; a .txt or .jsonl file or a folder of them; a folder
@@ -91,19 +92,6 @@ def blocks(lines, size):
         yield ''.join(block)
 
 
-def read_lines(file):
-    """Lines of a UTF-8 file. UserError names file and line."""
-    n = 0
-    try:
-        with open(file, 'rb') as f:
-            for n, line in enumerate(f, 1):
-                yield line.decode('utf-8-sig' if n == 1 else 'utf-8').replace('\r\n', '\n')
-    except OSError as e:
-        raise UserError(f"cannot read {file}: {e.strerror}; --dataset is 'pydocs', a .txt or .jsonl file, a folder, or a hub id") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{file}, line {n}: byte {e.object[e.start]:#04x} is not UTF-8; save the file as UTF-8") from None
-
-
 def read_items(file):
     """The lines of a .jsonl as texts ('text') or pairs ('input' or 'source' and 'output' or 'target'). UserError names file and line."""
     first = None
@@ -140,24 +128,24 @@ def saved_rows(saved):
         first += len(batch)
 
 
-def open_source(source, subset, revision, block_size=2000):
+def open_source(source, subset, revision):
     """
     What --dataset names -> dict: kind 'texts', 'pairs' or 'ids'; train and val, functions that give a fresh generator, val None
     if the source has no such split; references, (input, target) texts of ids; revision, the commit of a hub id. UserError if unusable.
     """
     if source == 'pydocs':
         text = pydocs_text()
-        return dict(kind='texts', train=lambda: blocks(text.splitlines(keepends=True), block_size), val=None)
+        return dict(kind='texts', train=lambda: blocks(text.splitlines(keepends=True), 2000), val=None)
     names = sorted(os.listdir(source)) if os.path.isdir(source) else []
     files = [os.path.join(source, f) for f in names if f.endswith(('.txt', '.jsonl'))] or [source] * source.endswith(('.txt', '.jsonl'))
     if files:
         def own():
             for file in files:
-                yield from read_items(file) if file.endswith('.jsonl') else blocks(read_lines(file), min(block_size, size))
+                yield from read_items(file) if file.endswith('.jsonl') else blocks(read_lines(file), min(2000, size))
         try:
             size = max(100, sum(map(os.path.getsize, files)) // 40)     # a small corpus, too, has some blocks to set aside
         except OSError as e:
-            raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
+            raise UserError(f"cannot read {e.filename}: {e.strerror}; --dataset is 'pydocs', a .txt or .jsonl file, a folder, or a hub id") from None
         kinds = {type(next(read_items(f), '')) if f.endswith('.jsonl') else str for f in files}
         if len(kinds) > 1:
             raise UserError(f"{source} has both texts and pairs, give one kind")
@@ -180,24 +168,28 @@ def open_source(source, subset, revision, block_size=2000):
     from datasets import load_dataset
     try:
         saved, val = (load_dataset(fs[0].rsplit('.')[-1], data_files=fs, split='train', streaming=True) if fs else None for fs in splits)
-        columns = (saved.features or next(iter(saved), {})) if saved else ()
-        columns = list(columns)
+        columns = list((saved.features or next(iter(saved), {})) if saved else ())
     except Exception as e:
         raise UserError(f"{source} is not readable: {type(e).__name__} {' '.join(str(e).split())[:200]}") from None
     if not columns:
         raise UserError(f"{source} has no data: expected .txt, .jsonl or .parquet files, or what save_to_disk writes")
     pair = next((p for p in PAIRS if set(p) <= set(columns)), None)
     plain = lambda data, read: data and (lambda: read(data))
-    if 'input_ids' in columns:
-        kind, read = 'ids', saved_rows
-    elif 'translation' in columns and subset.count('-') == 1:
-        a, b = subset.split('-')
-        kind, read = 'pairs', lambda data: ((row['translation'][a], row['translation'][b]) for row in data)
+
+    def text_rows(data):
+        for n, row in enumerate(data):
+            if not all(isinstance(part, str) for part in parts(row)):
+                raise UserError(f"{source}, row {n} lacks a text: {str(parts(row))[:100]}")
+            yield tuple(parts(row)) if kind == 'pairs' else row['text'] + '\n'
+
+    kind, read = 'ids' if 'input_ids' in columns else 'pairs', saved_rows if 'input_ids' in columns else text_rows
+    if 'translation' in columns and subset.count('-') == 1:
+        parts = lambda row: [row['translation'].get(language) for language in subset.split('-')]
     elif pair:
-        kind, read = 'pairs', lambda data: ((row[pair[0]], row[pair[1]]) for row in data)
+        parts = lambda row: [row[column] for column in pair]
     elif 'text' in columns:
-        kind, read = 'texts', lambda data: (row['text'] + '\n' for row in data)
-    else:
+        kind, parts = 'texts', lambda row: [row['text']]
+    elif kind != 'ids':
         raise UserError(f"{source} has the columns {', '.join(columns)}; needed: input_ids (save_to_disk), text, or a pair such as input and target")
     return dict(kind=kind, train=plain(saved, read), val=plain(val, read), revision=commit, conditional=kind == 'pairs' or 'condition_input_ids' in columns,
                 references=plain(val or saved, lambda data: ((r['input'], r['target']) for r in data.select_columns(['input', 'target'])))
@@ -331,18 +323,17 @@ if __name__ == '__main__':
     from tqdm import tqdm
     from transformers.utils import logging
     logging.disable_progress_bar()
-    defaults = {k: v for k, v in globals().items() if not k.startswith('_')}
+    defaults = dict(globals())
     configure(globals())
     name = name or os.path.splitext(os.path.basename(dataset.rstrip('/')))[0].removesuffix('-raw')
     known = dataset in KNOWN
-    for key, value in KNOWN.get(dataset, {}).items() if known else ():
-        if key == 'dataset' or globals()[key] == defaults[key]:
+    said = {arg.partition('=')[0] for arg in sys.argv}
+    for key, value in (dict(tokenizer='t5-small', encoder='t5-small', letters_only=False) | KNOWN[dataset]).items() if known else ():
+        if key == 'dataset' or '--' + key not in said and globals()[key] == defaults[key]:
             globals()[key] = value
-    if known:
-        tokenizer, encoder, letters_only = tokenizer or 't5-small', encoder or 't5-small', False
-    for key, value, low in (('max_length', max_length, 4), ('encoder_dim', encoder_dim, 4), ('encoder_layers', encoder_layers, 1), ('vocab_size', vocab_size, 260), ('seed', seed, 0)):
-        if value < low:
-            raise UserError(f"{key}={value}: must be at least {low}")
+    for key, low in (('max_length', 4), ('encoder_dim', 4), ('encoder_layers', 1), ('vocab_size', 260), ('seed', 0)):
+        if globals()[key] < low:
+            raise UserError(f"{key}={globals()[key]}: must be at least {low}")
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction}: must lie between 0 and 1")
     if latent_std < 0 or latent_mean and not latent_std:

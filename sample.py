@@ -8,10 +8,12 @@ Write text: noise at t=0, a few dozen steps along the learned flow, tokens at t=
 """
 import json
 import os
+import tempfile
 from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from configurator import UserError, configure
 from model import ELF, TextEncoder, hub_error
@@ -42,7 +44,10 @@ def pick_device(device, dtype):
     kind = next(k for k, ok in there.items() if ok) if device == 'auto' else device.partition(':')[0]
     if not there.get(kind):
         raise UserError(f"device={device!r} is not available here; this machine has {', '.join(k for k, ok in there.items() if ok)}")
-    device = torch.device(kind if device == 'auto' else device)
+    try:
+        device = torch.device(kind if device == 'auto' else device)
+    except RuntimeError:
+        raise UserError(f"device={device!r} is not a device: 'auto', 'cpu', 'mps', 'cuda', or one of several, such as 'cuda:1'") from None
     if kind == 'cuda':
         fast, name = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name(device)
     else:
@@ -161,7 +166,7 @@ def cut(ids, eos):
 
 
 def row_seed(seed, i):
-    """The seed of sample i of a run: well mixed, so that neighbours share nothing."""
+    """The seed of sample i, or micro-batch i, of a run: well mixed, so that neighbours share nothing."""
     return int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -177,9 +182,9 @@ def load_tokenizer(name):
 def sample_texts(model, tokenizer, num_samples, batch_size, seed, device, steps, sampler, gamma, w, cfg, grid, trace=0,
                  rank=0, world=1, progress=None, inputs=None, encoder=None):
     """
-    Texts number rank, rank + world, ... below num_samples -> list of {'id', 'generated', 'ids'}, with conditions also
-    'input'; ids are cut at the first EOS. Grid, first noise and SDE noise of text i come from (seed, i) alone. trace:
-    print the first text at that many moments. progress: called with each batch's row count. inputs: num_samples
+    num_samples texts -> list of {'id', 'generated', 'ids'}, with conditions also 'input'; ids are cut at the first EOS. Each of
+    world ranks samples its share, all get the whole list. Grid, first noise and SDE noise of text i come from (seed, i) alone.
+    trace: print the first text at that many moments. progress: called with each batch's row count. inputs: num_samples
     conditions, and encoder, the TextEncoder for them; what follows a row's condition is its text [generation.py].
     """
     c, texts, rows = model.config, [], list(range(rank, num_samples, world))
@@ -208,24 +213,53 @@ def sample_texts(model, tokenizer, num_samples, batch_size, seed, device, steps,
             texts.append(dict(id=i, **({} if inputs is None else dict(input=inputs[i])), generated=tokenizer.decode(ids, skip_special_tokens=True), ids=ids))
         if progress:
             progress(len(part))
+    if dist.is_initialized():
+        shares = [None] * world
+        dist.all_gather_object(shares, texts)
+        texts = sorted(sum(shares, []), key=lambda text: text['id'])
     return texts
+
+
+def make_out_dir(out_dir):
+    """Before hours of work: the folder is there and can be written to, or UserError."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()
+    except OSError as e:
+        raise UserError(f"out_dir={out_dir!r} cannot be written: {e.strerror}") from None
+
+
+def write_texts(file, texts):
+    """Texts of sample_texts as JSONL, without their ids; whole or not at all."""
+    with open(file + '.tmp', 'w', encoding='utf-8') as f:
+        f.writelines(json.dumps({k: v for k, v in text.items() if k != 'ids'}, ensure_ascii=False) + '\n' for text in texts)
+    os.replace(file + '.tmp', file)
+
+
+def read_lines(file):
+    """Lines of a UTF-8 file. UserError names file and line."""
+    n = 0
+    try:
+        with open(file, 'rb') as f:
+            for n, line in enumerate(f, 1):
+                yield line.decode('utf-8-sig' if n == 1 else 'utf-8').replace('\r\n', '\n')
+    except OSError as e:
+        raise UserError(f"cannot read {file}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{file}, line {n}: byte {e.object[e.start]:#04x} is not UTF-8; save the file as UTF-8") from None
 
 
 def read_jsonl(file):
     """The objects of a JSONL file, one after the other -> (file and line for messages, dict). UserError names the line."""
-    n, line = 0, b''
-    try:
-        with open(file, 'rb') as f:
-            for n, line in enumerate(f, 1):
-                if line.strip():
-                    row = json.loads(line.decode('utf-8-sig'))
-                    if not isinstance(row, dict):
-                        raise ValueError(f"a {type(row).__name__}")
-                    yield f"{file}, line {n}", row
-    except OSError as e:
-        raise UserError(f"cannot read {file}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{file}, line {n} is no JSON object in UTF-8 ({e}): {line[:60]!r}") from None
+    for n, line in enumerate(read_lines(file), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"a {type(row).__name__}")
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"{file}, line {n} is no JSON object ({e}): {line[:60]!r}") from None
+            yield f"{file}, line {n}", row
 
 
 def read_inputs(file):
@@ -246,17 +280,17 @@ def printable(text):
     return ''.join(ch if ch.isprintable() else ' ' if ch.isspace() else f"\\x{ord(ch):02x}" for ch in text)
 
 
-def resolve_sampling(config, steps, sampler, gamma, w, cfg):
+def resolve_sampling(config, steps=-1, sampler='', gamma=-1, w=-1, cfg=-1):
     """Settings where given, else the checkpoint's own -> dict for sample_texts."""
-    return dict(steps=config.steps if steps == -1 else steps, sampler=sampler or config.sampler, gamma=config.gamma if gamma == -1 else gamma,
-                w=config.w if w == -1 else w, cfg=config.cfg if cfg == -1 else cfg)
+    given = dict(steps=steps, sampler=sampler, gamma=gamma, w=w, cfg=cfg)
+    return {k: getattr(config, k) if v in (-1, '') else v for k, v in given.items()}
 
 
 if __name__ == '__main__':
     from tqdm import tqdm
     configure(globals())
-    if num_samples < 1 or batch_size < 1 or seed < 0:
-        raise UserError(f"num_samples={num_samples}, batch_size={batch_size}, seed={seed}: the first two start at 1, the seed at 0")
+    if min(num_samples, batch_size) < 1 or min(seed, trace) < 0 or input and input_file:
+        raise UserError(f"num_samples={num_samples}, batch_size={batch_size} start at 1, seed={seed}, trace={trace} at 0; input and input_file exclude each other")
     device, ctx, decided = pick_device(device, dtype)
     model = ELF.from_pretrained(init_from or out_dir).to(device)
     inputs = [row['input'] for row in read_inputs(input_file)] if input_file else [input] if input else None
@@ -267,6 +301,8 @@ if __name__ == '__main__':
     if inputs:
         num_samples = len(inputs)
         encoder = TextEncoder(model.config.encoder, model.config.latent_mean, model.config.latent_std).to(device)
+    make_out_dir(out_dir)
+    file = os.path.join(out_dir, 'samples.jsonl')
     how = resolve_sampling(model.config, steps, sampler, gamma, w, cfg)
     print(f"device: {decided}\nsampling: {', '.join(f'{k}={v}' for k, v in how.items())}, grid={grid}, length {model.config.max_length}")
     compile_in_place(model, device) if compile else pack_linears(model, decided)
@@ -274,10 +310,5 @@ if __name__ == '__main__':
         texts = sample_texts(model, tokenizer, num_samples, batch_size, seed, device, grid=grid, trace=trace, progress=bar.update, inputs=inputs, encoder=encoder, **how)
     for text in texts:
         print(f"--- {text['id']}\n{printable(text['generated'])}")
-    os.makedirs(out_dir, exist_ok=True)
-    file = os.path.join(out_dir, 'samples.jsonl')
-    with open(file + '.tmp', 'w', encoding='utf-8') as f:
-        for text in texts:
-            f.write(json.dumps({k: v for k, v in text.items() if k != 'ids'}, ensure_ascii=False) + '\n')
-    os.replace(file + '.tmp', file)
+    write_texts(file, texts)
     print(f"{len(texts)} texts in {file}")

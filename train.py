@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import UserError, configure
 from model import ELF, MODELS, ELFConfig, TextEncoder, compute_loss, draw, estimate_flops, load_checkpoint
 from prepare import sha256
-from sample import compile_in_place, load_tokenizer, pick_device, printable, read_inputs, resolve_sampling, sample_texts
+from sample import compile_in_place, load_tokenizer, pick_device, printable, read_inputs, resolve_sampling, row_seed, sample_texts, write_texts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # input, output
@@ -175,12 +175,7 @@ def epoch_order(n, seed, epoch):
 
 def rows_at(n, seed, first, count):
     """Numbers first ... first+count-1 of an endless stream of shuffled epochs of n rows: where a run stands is one number."""
-    epoch, at = divmod(first, n)
-    rows = epoch_order(n, seed, epoch)[at:at + count]
-    while len(rows) < count:
-        epoch += 1
-        rows = np.concatenate((rows, epoch_order(n, seed, epoch)[:count - len(rows)]))
-    return rows
+    return np.array([epoch_order(n, seed, i // n)[i % n] for i in range(first, first + count)])
 
 # ---- optimizer ------------------------------------------------------------------------------------------------------
 def orthogonalize(x, dtype):
@@ -303,7 +298,7 @@ def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, rank=0, wo
     """
     c = net.config
     batches = math.ceil(eval_iters / T_BINS) * T_BINS
-    sums = torch.zeros(T_BINS + 2, 2, dtype=torch.float64)       # sum and count of l2 by bin, of ce, of loss
+    sums = torch.zeros(T_BINS + 1, 2, dtype=torch.float64)       # sum and count of l2 by bin, then of ce
     for k in range(rank, batches, world):
         rows = np.arange(k * batch_size, (k + 1) * batch_size) % meta['rows']['val']
         generator = torch.Generator().manual_seed(k)
@@ -368,7 +363,7 @@ def lock(out_dir):
         raise UserError(f"another run is writing {out_dir}; stop it or choose another --out_dir") from None
     return f
 
-# what a resumed run may change without changing the mathematics, or (max_iters) on purpose
+# what a resumed run may change: at most the order of sums, never the mathematics; max_iters on purpose
 FREE = ('out_dir', 'init_from', 'overwrite', 'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'keep_interval', 'sample_interval', 'wandb_log',
         'wandb_project', 'data_dir', 'verify_data', 'max_iters', 'max_minutes', 'max_bad_steps', 'max_epochs', 'sampler', 'steps', 'gamma', 'w', 'cfg', 'device', 'compile', 'recompute')
 
@@ -413,8 +408,8 @@ def plot_losses(out_dir):
     plt.close(fig)
 
 # what a number may be, where not every number will do
-RANGES = {name: (1, 10**9) for name in ('batch_size', 'gradient_accumulation_steps', 'max_length', 'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'max_bad_steps')} \
-    | {name: (0, 10**12) for name in ('keep_interval', 'sample_interval', 'max_input_length', 'max_iters', 'warmup_iters', 'max_minutes', 'max_epochs', 'warmup_epochs', 'seed')} \
+RANGES = {name: (1, 10**9) for name in ('batch_size', 'gradient_accumulation_steps', 'max_length', 'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'max_bad_steps', 'max_iters')} \
+    | {name: (0, 10**12) for name in ('keep_interval', 'sample_interval', 'max_input_length', 'warmup_iters', 'max_minutes', 'max_epochs', 'warmup_epochs', 'seed')} \
     | {name: (0, 1) for name in ('t_eps', 'self_cond_prob', 'decoder_prob', 'drop_cond_prob', 'ema_decay')} \
     | {name: (0, 1e6) for name in ('t_std', 'noise_scale', 'w_min', 'w_max', 'decoder_std', 'decoder_noise_scale', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip')} \
     | {name: (-1e6, 1e6) for name in ('t_mean', 'decoder_mean', 'gamma', 'w', 'cfg')} \
@@ -438,9 +433,8 @@ if __name__ == '__main__':
     device, ctx, decided = pick_device(device, dtype)
 
     # ---- checks and derived settings ------------------------------------------------------------------------------------
-    if size not in MODELS:
-        raise UserError(f"size={size!r} is not one of {', '.join(MODELS)}")
-    for name, allowed in (('optimizer', ('muon', 'adamw')), ('lr_schedule', ('constant', 'cosine')), ('pad_token', ('pad', 'eos')), ('ns_dtype', ('float32', 'bfloat16'))):
+    for name, allowed in dict(size=MODELS, optimizer=('muon', 'adamw'), lr_schedule=('constant', 'cosine'), pad_token=('pad', 'eos'),
+                              ns_dtype=('float32', 'bfloat16'), sampler=('ode', 'sde')).items():
         if config[name] not in allowed:
             raise UserError(f"{name}={config[name]!r} is not one of {', '.join(map(repr, allowed))}")
     for name, (low, high) in RANGES.items():
@@ -462,21 +456,21 @@ if __name__ == '__main__':
     if max_input_length >= max_length:
         raise UserError(f"max_input_length={max_input_length} leaves no room for a target in rows of max_length={max_length}; lower it")
     micro_steps = gradient_accumulation_steps // world
-    layout = dict(ranks=world, device=device.type, dtype='bfloat16' if 'bfloat16' in decided else 'float32', compile=compile)
+    layout = dict(ranks=world, device=device.type, dtype='bfloat16' if 'bfloat16 autocast' in decided else 'float32', compile=compile)
     rows_per_step = batch_size * gradient_accumulation_steps
-    if max_epochs:
-        max_iters = int(max_epochs * (meta['rows']['train'] // rows_per_step or 1))
-    if warmup_epochs:
-        warmup_iters = int(warmup_epochs * (meta['rows']['train'] // rows_per_step or 1))
+    epoch = meta['rows']['train'] // rows_per_step or 1
+    max_iters = max(1, int(max_epochs * epoch)) if max_epochs else max_iters
+    warmup_iters = int(warmup_epochs * epoch) if warmup_epochs else warmup_iters
     learning_rate = learning_rate or 0.001 * rows_per_step / 256
     config |= dict(max_iters=max_iters, warmup_iters=warmup_iters, learning_rate=learning_rate)
     text = {k: meta[k] for k in ('vocab_size', 'latent_dim', 'encoder', 'tokenizer', 'latent_mean', 'latent_std')}
     preset = asdict(MODELS[size])
-    if 0 in (n_layer, n_embd, n_head) or w_max < w_min or sampler not in ('ode', 'sde'):
-        raise UserError(f"n_layer={n_layer}, n_embd={n_embd}, n_head={n_head} start at 1 (-1 = as in {size}), w_min={w_min} must not exceed w_max={w_max}, sampler={sampler!r} is 'ode' or 'sde'")
-    model_args = preset | {k: config[k] for k in preset if k in config and config[k] != -1} | text
+    if 0 in (n_layer, n_embd, n_head, steps) or w_max < w_min:
+        raise UserError(f"n_layer={n_layer}, n_embd={n_embd}, n_head={n_head}, steps={steps} start at 1 (-1 = as in {size}); w_min={w_min} must not exceed w_max={w_max}")
+    from_preset = {k for k in ('n_layer', 'n_embd', 'n_head', 'steps', 'gamma', 'w', 'cfg') if config[k] == -1}
+    model_args = preset | {k: config[k] for k in preset if k in config and k not in from_preset} | text
     # torchrun --max-restarts starts again with the same command line
-    there = any(os.path.exists(os.path.join(out_dir, name)) for name in ('ckpt.pt', 'ckpt_prev.pt'))
+    there = [name for name in ('ckpt.pt', 'ckpt_prev.pt') if os.path.exists(os.path.join(out_dir, name))]
     if init_from == 'auto' or there and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
         init_from = 'resume' if there else 'scratch'
     if init_from == 'resume':
@@ -556,28 +550,11 @@ if __name__ == '__main__':
         stop.append(number)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    metrics_file = os.path.join(out_dir, 'metrics.jsonl')
-    if master:
-        locked = lock(out_dir)
-        for name in ('ckpt.pt', 'ckpt_prev.pt') if init_from != 'resume' else ():       # of a run that this one overwrites
-            if os.path.exists(os.path.join(out_dir, name)):
-                os.replace(os.path.join(out_dir, name), os.path.join(out_dir, 'old_' + name))
-        with open(os.path.join(out_dir, 'settings.json'), 'w') as f:
-            json.dump(dict(config=config, model_args=model_args, torch=torch.__version__, python=sys.version.split()[0], command=sys.argv), f, indent=1)
-        # a resumed run writes again what came after its checkpoint
-        kept = []
-        if init_from == 'resume' and os.path.exists(metrics_file):
-            with open(metrics_file, encoding='utf-8') as f:
-                kept = [line for line in f if line.endswith('\n') and json.loads(line).get('iter', 0) <= iter_num]
-        with open(metrics_file, 'w', encoding='utf-8') as f:
-            f.writelines(kept)
-    wandb = None
     if wandb_log and master:
         try:
             import wandb
         except ImportError:
             raise UserError("wandb_log=True, but wandb is not installed; pip install wandb, or drop it") from None
-        wandb.init(project=wandb_project, name=out_dir, config=config)
     if sample_interval:
         tok, inputs, n_texts = load_tokenizer(c.tokenizer), None, max(4, world)
         references = os.path.join(meta['dir'], 'val.jsonl')
@@ -587,19 +564,36 @@ if __name__ == '__main__':
         elif max_input_length:
             inputs = [row['input'] for row in read_inputs(references)[:n_texts]]
             n_texts = len(inputs)
+    metrics_file = os.path.join(out_dir, 'metrics.jsonl')
+    if master:
+        locked = lock(out_dir)
+        for name in there if init_from != 'resume' else ():     # of a run that this one overwrites
+            os.replace(os.path.join(out_dir, name), os.path.join(out_dir, 'old_' + name))
+        with open(os.path.join(out_dir, 'settings.json'), 'w') as f:
+            json.dump(dict(config=config, model_args=model_args, torch=torch.__version__, python=sys.version.split()[0], command=sys.argv), f, indent=1)
+        # a resumed run writes again what came after its checkpoint
+        kept = []
+        if init_from == 'resume' and os.path.exists(metrics_file):
+            with open(metrics_file, encoding='utf-8') as f:
+                kept = [line for line in f if line.endswith('\n') and json.loads(line).get('iter', 0) <= iter_num]
+        with open(metrics_file + '.tmp', 'w', encoding='utf-8') as f:
+            f.writelines(kept)
+        os.replace(metrics_file + '.tmp', metrics_file)
+        if wandb_log:
+            wandb.init(project=wandb_project, name=out_dir, config=config)
 
     def log(**numbers):
         if master:
             with open(metrics_file, 'a', encoding='utf-8') as f:
-                f.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}) + '\n')
-            if wandb:
+                f.write(json.dumps(json.loads(json.dumps(numbers), parse_constant=lambda nan: None)) + '\n')     # JSON has no nan: null
+            if wandb_log:
                 wandb.log(numbers, step=numbers['iter'])
 
     def next_batch(iter_num, micro_step):
         """Rows and draws of a micro-batch; both follow from its number alone, so a resumed run, or one on another number of ranks, sees the same."""
         number = iter_num * gradient_accumulation_steps + micro_step * world + rank
         rows = rows_at(meta['rows']['train'], seed, number * batch_size, batch_size)
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1))
+        generator = torch.Generator().manual_seed(row_seed(seed, number))
         batch = get_rows(meta, 'train', rows, max_length, max_input_length, pad_token)
         return [a.pin_memory() if device.type == 'cuda' else a for a in batch], draw(c, batch_size, max_length, generator, device)
 
@@ -616,7 +610,7 @@ if __name__ == '__main__':
     peak = next((v for k, v in PEAK.items() if k in decided), None)
     bar = tqdm(total=max_iters, initial=iter_num, desc='training', unit='it', disable=None if master else True)
     loader = ThreadPoolExecutor(1)
-    first_iter, saved, bad_steps, batch = iter_num, iter_num, 0, loader.submit(next_batch, iter_num, 0)
+    first_iter, saved, bad_steps, batch = iter_num, iter_num if init_from == 'resume' else -1, 0, loader.submit(next_batch, iter_num, 0)
     clock, timed = time.perf_counter(), 0       # both restart after whatever is not training
     while True:
         last = iter_num >= max_iters
@@ -626,22 +620,18 @@ if __name__ == '__main__':
             with ctx:
                 val = estimate_loss(raw_model, text_encoder, meta, eval_iters, batch_size, device, rank, world)
             edges = t_edges(c)
-            tqdm.write(f"iter {iter_num}: val loss {val['loss']:.4f} (l2 {val['l2']:.4f}, ce {val['ce']:.4f}) | l2 by t "
-                       + ' '.join(f"{a:.2f}-{b:.2f}: {x:.3f}" for a, b, x in zip(edges, edges[1:], val['l2_bins']))) if master else None
+            if master:
+                tqdm.write(f"iter {iter_num}: val loss {val['loss']:.4f} (l2 {val['l2']:.4f}, ce {val['ce']:.4f}) | l2 by t "
+                           + ' '.join(f"{a:.2f}-{b:.2f}: {x:.3f}" for a, b, x in zip(edges, edges[1:], val['l2_bins'])))
             log(iter=iter_num, **{'val_' + k: v for k, v in val.items()})
         if (iter_num % save_interval == 0 or last) and iter_num > first_iter:
             checkpoint()
         if fresh and sample_interval and (iter_num % sample_interval == 0 or last) and iter_num > 0:
             with ctx:
                 texts = sample_texts(ema, tok, n_texts, 4, seed, device, grid='logit_normal', rank=rank, world=world,
-                                     inputs=inputs, encoder=text_encoder, **resolve_sampling(c, -1, '', -1, -1, -1))
-            if world > 1:
-                gathered = [None] * world
-                dist.all_gather_object(gathered, texts)
-                texts = sorted(sum(gathered, []), key=lambda x: x['id'])
+                                     inputs=inputs, encoder=text_encoder, **resolve_sampling(c))
             if master:
-                with open(os.path.join(out_dir, f'samples_{iter_num}.jsonl'), 'w', encoding='utf-8') as f:
-                    f.writelines(json.dumps({k: v for k, v in x.items() if k != 'ids'}, ensure_ascii=False) + '\n' for x in texts)
+                write_texts(os.path.join(out_dir, f'samples_{iter_num}.jsonl'), texts)
                 tqdm.write(f"iter {iter_num}: sampled | {printable(texts[0]['generated'])[:120]}")
         if last:
             break
@@ -674,8 +664,8 @@ if __name__ == '__main__':
                 if name in parts:
                     sums[at] += parts[name]
                     sums[at + 1] += 1
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
-        norm = grad_norm.item()         # waits for the GPU: what is not finite must touch neither weights nor averages
+        # .item() waits for the GPU: what is not finite must touch neither weights nor averages
+        norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
         if math.isfinite(norm):
             bad_steps = 0
             optimizer.step()
@@ -688,7 +678,7 @@ if __name__ == '__main__':
             log(iter=iter_num + 1, bad_steps=bad_steps, lr=lr)
             if bad_steps == max_bad_steps:
                 raise UserError(f"{bad_steps} steps in a row without a finite gradient, up to iter {iter_num + 1} (norm {norm}, loss {sums[0].item()}, lr {lr:.2e}); "
-                                f"weights are those before them, saved at iter {saved} in {out_dir}; resume with a lower learning_rate")
+                                + (f"the last checkpoint is of iter {saved}, in {out_dir}" if saved >= 0 else "nothing was saved yet") + "; lower the learning_rate")
         optimizer.zero_grad(set_to_none=True)
         iter_num += 1
         timed += 1
