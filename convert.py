@@ -4,7 +4,7 @@ Foreign checkpoints become official torch ones, which sample.py, eval.py and tra
     python convert.py SRC DST         # -> DST/checkpoint_<step>, DST/config.yml, DST/model.safetensors (the EMA weights alone)
     python convert.py out/owt_elf_b export && hf upload me/my-elf export       # publish a run of ours
 
-SRC is a JAX checkpoint (flax msgpack file, or Orbax folder: pip install tensorstore), a Lightning .ckpt, our ckpt.pt, any
+SRC is a JAX checkpoint (flax msgpack file or Orbax folder), a Lightning .ckpt, our ckpt.pt, any
 state dict of an ELF, a folder with checkpoint_<step> in it (the largest step), or a hub id. All or nothing: every array of
 the network is used, every parameter filled, no shape changed.
 """
@@ -99,10 +99,7 @@ def from_flax(tree, prefix=''):
 
 
 def read_msgpack(path):
-    try:
-        import msgpack
-    except ImportError:
-        raise UserError(f"{path} looks like a JAX msgpack checkpoint, reading one takes: pip install msgpack") from None
+    import msgpack
 
     def array(code, data):
         if code not in (1, 3):          # flax: 1 array, 3 numpy scalar
@@ -125,10 +122,7 @@ def read_msgpack(path):
 
 
 def read_orbax(folder):
-    try:
-        import tensorstore as ts
-    except ImportError:
-        raise UserError(f"{folder} is an Orbax checkpoint, reading one takes: pip install tensorstore") from None
+    import tensorstore as ts
     root = os.path.realpath(folder)
     inside = os.path.realpath(os.path.abspath(folder).split('/snapshots/')[0]) + os.sep        # the hub's cache has links to its blobs
     try:

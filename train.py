@@ -402,7 +402,8 @@ def plot_losses(out_dir):
             if points:
                 axis.plot(*zip(*points), **style)
         axis.set(title=name, xlabel='iteration', yscale='log')
-        axis.legend()
+        if axis.has_data():
+            axis.legend()
         axis.grid(alpha=0.3)
     fig.savefig(os.path.join(out_dir, 'loss.png'), dpi=120)
     plt.close(fig)

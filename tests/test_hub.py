@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from hub import Hub
@@ -57,8 +58,11 @@ def hub(bins, judge, tmp_path_factory):
     Dataset.from_dict(dict(input_ids=[[4 + i % 20, 5, 6, 1] for i in range(60)])).save_to_disk(at / 'ids')
     for folder in ('elf', 'runs/a', 't5', 'gpt2', 'ids'):
         (at / folder / 'pytorch_model.bin').write_bytes(b'not needed' * 1000)
+    for split, first in (('train', 4), ('validation', 14)):
+        Dataset.from_dict(dict(condition_input_ids=[[first, 1]] * 8, input_ids=[[first + 1, 1]] * 8)).save_to_disk(at / f'xsum_{split}_t5')
     kinds = dict(elf='model', runs='model', t5='model', gpt2='model', ids='dataset')
     hub = Hub({(kind, f'org/{state}{n}'): str(at / n) for n, kind in kinds.items() for state in ('', 'gated-', 'token-', 'cut-')})
+    hub.repos |= {('dataset', f'embedded-language-flows/xsum_{split}_t5'): str(at / f'xsum_{split}_t5') for split in ('train', 'validation')}
     codes = {'gated-': 'GatedRepo', 'token-': 'Invalid credentials in Authorization header'}
     hub.refused = {f'org/{state}{n}': code for n in kinds for state, code in codes.items()}
     hub.cut |= {f'org/cut-{f}' for f in ('elf/checkpoint_3', 't5/model.safetensors', 't5/tokenizer.json', 'gpt2/model.safetensors', 'ids/data-00000-of-00001.arrow')}
@@ -113,6 +117,14 @@ def test_online_then_from_the_cache(job, hub, ask, tmp_path):
     assert not any('pytorch_model.bin' in f for f in got)
     want = {'sample.py': {'org/elf/checkpoint_3', 'org/elf/config.yml'}, 'subfolder': {'org/runs/a/checkpoint_7000', 'org/runs/a/config.yml'}}
     assert {f for f in got if f.startswith(('org/elf', 'org/runs'))} == want.get(job, set())
+
+
+def test_a_set_by_name(ask, tmp_path):
+    """xsum: two repositories, one of them the validation split; what the command line says goes before what the name stands for."""
+    code, _, err = ask('online', 'prepare.py', '--dataset=xsum', '--tokenizer=org/t5', '--encoder=org/t5', f'--data_dir={tmp_path}')
+    meta = json.loads((tmp_path / 'xsum' / 'meta.json').read_text()) if code == 0 else err
+    assert (meta['tokenizer'], meta['conditional'], meta['rows']) == ('org/t5', True, dict(train=8, val=8)), err
+    assert [np.fromfile(tmp_path / 'xsum' / f'{split}.bin', np.uint16)[:4].tolist() for split in ('train', 'val')] == [[4, 1, 5, 1], [14, 1, 15, 1]]
 
 
 @pytest.mark.parametrize('state, n, says', [

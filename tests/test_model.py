@@ -19,7 +19,7 @@ from torch import nn
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from configurator import UserError
-from model import ELF, KERNELS, MODELS, Draws, ELFConfig, TextEncoder, compute_loss, draw
+from model import ELF, KERNELS, MODELS, Draws, ELFConfig, TextEncoder, compute_loss, draw, estimate_flops, find_checkpoint
 
 GOLDEN = HERE / 'golden'
 SMALL = ELFConfig(n_layer=2, n_embd=32, n_head=2, vocab_size=29, latent_dim=8, bottleneck=4, n_time=3, n_scale=2, n_mode=5, drop_cond_prob=0.3)
@@ -361,12 +361,37 @@ def test_bfloat16_autocast():
     assert 0.98 < torch.cosine_similarity(join(exact), join(rough), dim=0) < 1 - 1e-9
     assert x_hat.dtype == torch.float32 and logits.dtype == torch.bfloat16     # what feeds the velocity stays exact
 
+
 def test_recomputed_activations_give_the_same_gradients():
     net = small()
     args = batch(net, B=6, is_decode=[0] * 4 + [1] * 2, self_cond=[1] * 2 + [0] * 4)
+    passes = []
+    net.blocks[0].register_forward_pre_hook(lambda *_: passes.append(1))
     exact = gradients(net, args)
+    assert len(passes) == 2         # the first guess and the trained pass
     net.recompute = True
-    assert all(torch.equal(g, exact[k]) for k, g in gradients(net, args).items())
+    assert all(torch.equal(g, exact[k]) for k, g in gradients(net, args).items()) and len(passes) == 2 + 3
+
+
+def test_estimated_flops_are_those_of_a_step():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    c = ELFConfig(n_layer=2, n_embd=32, n_head=2, latent_dim=16, bottleneck=8, vocab_size=60, decoder_prob=0.5, self_cond_prob=0.5)
+    net, counter, mask = ELF(c), FlopCounterMode(display=False), torch.ones(8, 16, dtype=torch.bool)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        loss, _ = compute_loss(net, torch.randn(8, 16, 16), torch.zeros(8, 16, dtype=torch.long), mask, ~mask, draw(c, 8, 16, torch.Generator().manual_seed(0), 'cpu'))
+        loss.backward()
+    assert counter.get_total_flops() / 8 == pytest.approx(estimate_flops(c, 16), rel=0.03)
+
+
+def test_which_file_of_a_folder(tmp_path):
+    for name in ('old_ckpt.pt', 'model.safetensors', 'ckpt_prev.pt', 'ckpt.pt', 'checkpoint_9', 'checkpoint_10'):       # from the last choice to the first
+        (tmp_path / name).write_bytes(b'')
+        if name == 'old_ckpt.pt':       # of a run that was overwritten
+            with pytest.raises(UserError, match='no checkpoint in'):
+                find_checkpoint(str(tmp_path))
+        else:
+            assert find_checkpoint(str(tmp_path)) == str(tmp_path / name)
 
 
 def test_draw():

@@ -5,6 +5,7 @@ prepare.py: bins, trained tokenizers, random encoder, packing, and texts that ar
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -40,7 +41,7 @@ def test_a_text_file_end_to_end(run, tmp_path, text, args):
     assert 'first row' in out and 'next: python train.py config/demo.py --dataset=my' in out
     tok = AutoTokenizer.from_pretrained(meta['tokenizer'])
     assert (tok.pad_token_id, tok.eos_token_id, tok.unk_token_id, len(tok)) == (0, 1, 2, meta['vocab_size'])
-    whole, rows = [], 0
+    whole, words = [], text.split() if args else text.lower().replace('.', '').split()
     for split in ('train', 'val'):
         data = np.memmap(os.path.join(meta['dir'], f'{split}.bin'), dtype=meta['dtype'], mode='r')
         index = np.load(os.path.join(meta['dir'], f'{split}.idx.npy'))
@@ -50,9 +51,9 @@ def test_a_text_file_end_to_end(run, tmp_path, text, args):
         assert (data[ends - 1] == 1).all() and (data == 1).sum() == len(index) and (ends - index[:, 0]).max() <= 32 and not (data == 2).any()
         assert prepare.sha256(os.path.join(meta['dir'], f'{split}.bin')) == meta['checksums'][f'{split}.bin']
         whole += [tok.decode(data[a:b - 1].tolist()) for a, b in zip(index[:, 0], ends)]
-        rows += len(index)
-    # every word of the text is in some row, whole and in its place
-    words = text.lower().replace('.', '').split() if not args else text.split()
+        following = iter(words)
+        assert all(word in following for word in ' '.join(whole[-len(index):]).split())
+    # every word of the text is in some row, whole; those of a split in their order
     found = ' '.join(whole).split()
     assert sorted(found) == sorted(words)
     assert all(row == row.strip() and row for row in whole) or '--token_level=subwords' in args      # there a space is part of its word
@@ -66,10 +67,27 @@ def test_the_same_twice_and_other_with_another_seed(run, tmp_path, text):
     _, a = prepared(run, tmp_path, text)
     weights = TextEncoder(a['encoder']).state_dict()
     _, b = prepared(run, tmp_path, text)
-    assert {k: v for k, v in a.items()} == b
+    assert a == b
     assert all(torch.equal(v, weights[k]) for k, v in TextEncoder(b['encoder']).state_dict().items())
     _, c = prepared(run, tmp_path, text, '--seed=1')
     assert c['latent_std'] != a['latent_std'] and c['checksums'] == a['checksums']      # the seed is the encoder's
+
+
+def test_latents_measured_given_and_published(run, tmp_path, text, bins, monkeypatch):
+    _, given = prepared(run, tmp_path, text, '--latent_mean=0.1', '--latent_std=0.5')
+    assert (given['latent_mean'], given['latent_std']) == (0.1, 0.5)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(bins / 'tiny' / 'encoder', 't5-small')        # a folder of this name: the published numbers hold
+    _, published = prepared(run, tmp_path, text, '--encoder=t5-small')
+    assert (published['latent_mean'], published['latent_std']) == (0.0, 0.2)
+
+
+def test_a_table_with_a_hole_is_refused(run, tmp_path):
+    from datasets import Dataset
+    (tmp_path / 'set').mkdir()
+    Dataset.from_dict(dict(text=['a long enough text'] * 50 + [None])).to_parquet(tmp_path / 'set' / 'x.parquet')
+    with pytest.raises(UserError, match='row 50 lacks a text'):
+        run('prepare.py', f"--dataset={tmp_path / 'set'}", f"--data_dir={tmp_path / 'data'}", '--letters_only=false')
 
 
 def test_pydocs_is_prose(run):
@@ -82,6 +100,7 @@ def test_blocks_give_the_text_back(text):
     for lines in (text.splitlines(keepends=True), [' '.join(text.split())], ['x' * 9000], []):
         got = list(prepare.blocks(lines, 500))
         assert ''.join(got) == ''.join(lines) and all(len(block) >= 500 for block in got[:-1] if len(lines) > 1)
+        assert len(lines) > 1 or all(len(block) < 1500 for block in got)
         if len(lines) == 1 and ' ' in lines[0]:
             assert len(got) > 5 and all(block[-1] == ' ' for block in got[:-1])      # one endless line is cut between words
 

@@ -188,6 +188,20 @@ def test_sigterm_to_a_real_process_while_it_compiles(tiny, tmp_path):
     assert process.returncode == 143 and 'Traceback' not in text and 'signal SIGTERM' in text, text[-2000:]
 
 
+def test_stopped_before_the_first_step(run, tiny, tmp_path, monkeypatch):
+    """One row a batch: some batches of the validation have no denoise row, their l2 is null, not NaN; and there is a checkpoint."""
+    real = model.compute_loss
+    monkeypatch.setattr(model, 'compute_loss', lambda *args: (signal.raise_signal(signal.SIGTERM), real(*args))[1] if not args[5].is_decode.any() else real(*args))
+    with pytest.raises(KeyboardInterrupt):      # from the second signal on it does not wait
+        run('train.py', *tiny, f'--out_dir={tmp_path / "twice"}', '--batch_size=1')
+    monkeypatch.setattr(model, 'compute_loss', real)
+    said = run('train.py', *tiny, f'--out_dir={tmp_path}', '--batch_size=1', '--max_minutes=0.0001')
+    assert 'stopped at iteration 0' in said and state(tmp_path)['iter_num'] == 0
+    text = (tmp_path / 'metrics.jsonl').read_text()
+    assert 'null' in text and 'NaN' not in text
+    assert 'resumed' in run('train.py', *tiny, f'--out_dir={tmp_path}', '--batch_size=1', '--init_from=auto')
+
+
 def test_max_minutes(run, tiny, tmp_path):
     said = run('train.py', *tiny, '--max_iters=100000', '--max_minutes=0.02', f'--out_dir={tmp_path}', '--log_interval=1000')
     assert 'stopped at iteration' in said and 'max_minutes' in said and state(tmp_path)['iter_num'] > 0

@@ -99,7 +99,7 @@ def test_validation_draws_t_from_each_bin_in_turn(bins, monkeypatch):
     monkeypatch.setattr(train, 'compute_loss', lambda net, *args: (seen.append(args[-1].t), real(net, *args))[1])
     got, edges = train.estimate_loss(net, encoder, meta, 7, 8, torch.device('cpu')), train.t_edges(net.config)
     assert len(seen) == 10 and all(edges[k % 5] <= t.min() and t.max() <= edges[k % 5 + 1] for k, t in enumerate(seen))
-    assert got['l2'] == pytest.approx(np.mean(got['l2_bins'])) and got['loss'] == pytest.approx(0.8 * got['l2'] + 0.2 * got['ce'])
+    assert len(got['l2_bins']) == 5 and got['l2'] == pytest.approx(np.mean(got['l2_bins'])) and got['loss'] == pytest.approx(0.8 * got['l2'] + 0.2 * got['ce'])
     trained = draw(net.config, 20000, 1, torch.Generator().manual_seed(0), torch.device('cpu')).t
     assert (torch.histogram(trained, torch.tensor(edges)).hist / 20000 - 0.2).abs().max() < 0.01, 'bins of equal probability'
 
@@ -220,7 +220,15 @@ def test_adamw_and_starting_from_weights(run, tiny, tmp_path):
     assert '2 layers of 32' in out and same(load_checkpoint(str(tmp_path / 'b' / 'ckpt.pt'))['model'], a['ema'])
 
 
+def test_a_setting_of_minus_one_that_is_a_number(run, tiny, tmp_path):
+    run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=1', '--t_mean=-1', '--decoder_mean=-1', '--gamma=-1', '--w=-1')
+    args = load_checkpoint(str(tmp_path / 'ckpt.pt'))['model_args']
+    assert (args['t_mean'], args['decoder_mean'], args['gamma'], args['w']) == (-1, -1, 1.5, 3)      # the last two: as in the row of MODELS
+
+
 MISTAKES = [
+    (['--steps=0'], 'steps=0 start at 1'),
+    (['--max_iters=0'], 'max_iters=0: must lie between 1'),
     (['--dataset=nothing'], 'run: python prepare.py --dataset=nothing'),
     (['--max_length=8'], 'has rows of 13 tokens, max_length is 8'),
     (['--size=ELF-X'], "size='ELF-X' is not one of 'ELF-B', 'ELF-M', 'ELF-L'"),
@@ -247,14 +255,19 @@ def test_mistakes_of_the_user(run, tiny, tmp_path, args, says):
     assert not (tmp_path / 'out').exists(), 'nothing written'
 
 
-def test_a_checkpoint_is_not_overwritten_nor_resumed_with_other_mathematics(run, tiny, tmp_path):
+def test_a_checkpoint_is_not_overwritten_nor_resumed_with_other_mathematics(run, tiny, tmp_path, monkeypatch):
     run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=1')
     before = (tmp_path / 'ckpt.pt').read_bytes()
     with pytest.raises(UserError, match='there already'):
         run('train.py', *tiny, f'--out_dir={tmp_path}')
     with pytest.raises(UserError, match='n_layer was 2, now 3'):
         run('train.py', *tiny, f'--out_dir={tmp_path}', '--init_from=resume', '--n_layer=3')
-    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(UserError, match='pip install wandb'):
+        run('train.py', *tiny, f'--out_dir={tmp_path}', '--overwrite=true', '--wandb_log=true')
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before and len(metrics(tmp_path)) == 3
+    run('train.py', *tiny, f'--out_dir={tmp_path}', '--overwrite=true', '--max_iters=2')
+    assert (tmp_path / 'old_ckpt.pt').read_bytes() == before
 
 
 def test_damaged_bins_are_refused(run, tiny, bins, tmp_path):
