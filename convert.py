@@ -13,7 +13,6 @@ import math
 import mmap
 import os
 import re
-import shutil
 import sys
 import tempfile
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from configurator import UserError, one_line_errors
-from model import ELF, KERNELS, MODELS, OFFICIAL, ELFConfig, find_checkpoint, load_checkpoint
+from model import ELF, KERNELS, MODELS, OFFICIAL, ELFConfig, find_checkpoint, hub_error, load_checkpoint
 
 
 def write_official(folder, params, ema, step, epoch, config, source='the weights'):
@@ -30,6 +29,7 @@ def write_official(folder, params, ema, step, epoch, config, source='the weights
     or the path of a config.yml to copy. All are written aside, read back, then renamed; on any error nothing is left behind.
     """
     import yaml
+    from safetensors.torch import save_file
     path, config_path = os.path.join(folder, f'checkpoint_{step}'), os.path.join(folder, 'config.yml')
     if isinstance(config, ELFConfig):
         depth = len([k for k in ema if re.fullmatch(r'blocks\.\d+\.norm1\.weight', k)])
@@ -43,7 +43,7 @@ def write_official(folder, params, ema, step, epoch, config, source='the weights
     groups = [dict(lr=0.002, initial_lr=0.002, momentum=0.95, weight_decay=0.0, use_muon=True, params=list(range(sum(matrices)))),
               dict(lr=0.002, initial_lr=0.002, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, use_muon=False, params=list(range(sum(matrices), len(matrices))))]
     fresh = dict(state={}, param_groups=groups)
-    new, aside = not os.path.isdir(folder), None
+    new = not os.path.isdir(folder)
     try:
         if os.path.lexists(path):
             raise UserError(f"{path} exists already and is not overwritten; remove it or choose another folder")
@@ -52,29 +52,27 @@ def write_official(folder, params, ema, step, epoch, config, source='the weights
                 if f.read() != text:
                     raise UserError(f"{config_path} exists already with other settings; choose another folder")
         os.makedirs(folder, exist_ok=True)
-        aside = tempfile.mkdtemp(prefix='.tmp_', dir=folder)
-        file = os.path.join(aside, f'checkpoint_{step}')
-        with open(os.path.join(aside, 'config.yml'), 'wb') as f:
-            f.write(text)
-        with open(file, 'wb') as f:
-            torch.save(dict(params=params, ema_params1=ema, opt_state=fresh, step=step, epoch=epoch), f)
-            f.flush()
-            os.fsync(f.fileno())
-        from safetensors.torch import save_file
-        save_file({k: v.contiguous() for k, v in ema.items()}, os.path.join(aside, 'model.safetensors'))
-        try:
-            ELF.from_pretrained(file)
-        except UserError as e:
-            raise UserError(str(e).replace(file, source)) from None
-        shapes, others = ({f"{k} {tuple(v.shape)}" for k, v in state.items()} for state in (ema, params))
-        if shapes != others:
-            raise UserError(f"{source}: weights and EMA differ in names or shapes: {', '.join(sorted(shapes ^ others)[:8])}")
-        for name in ('config.yml', 'model.safetensors', f'checkpoint_{step}'):
-            os.replace(os.path.join(aside, name), os.path.join(folder, name))
+        with tempfile.TemporaryDirectory(prefix='.tmp_', dir=folder) as aside:
+            file = os.path.join(aside, f'checkpoint_{step}')
+            with open(os.path.join(aside, 'config.yml'), 'wb') as f:
+                f.write(text)
+            with open(file, 'wb') as f:
+                torch.save(dict(params=params, ema_params1=ema, opt_state=fresh, step=step, epoch=epoch), f)
+                f.flush()
+                os.fsync(f.fileno())
+            save_file({k: v.contiguous() for k, v in ema.items()}, os.path.join(aside, 'model.safetensors'))
+            try:
+                ELF.from_pretrained(file)
+            except UserError as e:
+                raise UserError(str(e).replace(file, source)) from None
+            shapes, others = ({f"{k} {tuple(v.shape)}" for k, v in state.items()} for state in (ema, params))
+            if shapes != others:
+                raise UserError(f"{source}: weights and EMA differ in names or shapes: {', '.join(sorted(shapes ^ others)[:8])}")
+            for name in ('config.yml', 'model.safetensors', f'checkpoint_{step}'):
+                os.replace(os.path.join(aside, name), os.path.join(folder, name))
     except (OSError, RuntimeError) as e:        # a full disk is a RuntimeError inside torch.save
         raise UserError(f"could not write {path}: {str(e).splitlines()[0]}") from None
     finally:
-        shutil.rmtree(aside or '', ignore_errors=True)
         if new and os.path.isdir(folder) and not os.listdir(folder):
             os.rmdir(folder)
     return path
@@ -232,9 +230,12 @@ def locate(source):
             found = [re.fullmatch(r'((?:.*/)?checkpoint_(\d+))/_METADATA', f.rfilename) for f in HfApi().model_info(repo).siblings]
             found = [m for m in found if m and (m[1] + '/').startswith(inside.rstrip('/') + '/' if inside else '')]
             name = max(found, key=lambda m: int(m[2]))[1]
-            return os.path.join(snapshot_download(repo, allow_patterns=[f'{name}/*', os.path.join(os.path.dirname(name), 'config.yml')]), name)
         except Exception:       # the first error says what is wrong
             raise e from None
+        try:
+            return os.path.join(snapshot_download(repo, allow_patterns=[f'{name}/*', os.path.join(os.path.dirname(name), 'config.yml')]), name)
+        except Exception as broken:     # the client has a dozen kinds
+            raise UserError(hub_error(source, broken)) from None
 
 
 def main(source, folder):

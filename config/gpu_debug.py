@@ -1,5 +1,5 @@
-# A few minutes on one small GPU (4 GB): a 12M-parameter ELF on the embedded text, through every code path of the large runs:
-# bfloat16, compile, accumulation, Muon, EMA, validation, sampling, checkpoints.
+# An 11M-parameter ELF on the embedded text for one small GPU, with what the large runs use: bfloat16, compile, accumulation,
+# Muon, EMA, validation, sampling, checkpoints. Not run by us on a GPU yet.
 #
 #   python prepare.py --name=pydocs128 --max_length=128 --letters_only=false --token_level=subwords --encoder_dim=128
 #   python train.py config/gpu_debug.py

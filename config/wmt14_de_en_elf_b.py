@@ -2,7 +2,7 @@
 #
 #   python prepare.py --dataset=wmt14_de-en
 #   torchrun --nproc_per_node=8 train.py config/wmt14_de_en_elf_b.py
-#   python eval.py --out_dir=out/wmt14_de_en_elf_b --dataset=wmt14_de-en
+#   python eval.py --out_dir=out/wmt14_de_en_elf_b --dataset=wmt14_de-en --num_samples=3000
 #
 # Published for the official code: BLEU 26.4 on test, about 26.7 on validation (64 ODE steps, cfg 2, w 1). Not run by us.
 

@@ -2,7 +2,7 @@
 #
 #   python prepare.py --dataset=xsum
 #   torchrun --nproc_per_node=8 train.py config/xsum_elf_b.py
-#   python eval.py --out_dir=out/xsum_elf_b --dataset=xsum
+#   python eval.py --out_dir=out/xsum_elf_b --dataset=xsum --num_samples=20000
 #
 # Published for the official code: ROUGE-1/2/L 36.0 / 12.2 / 27.8 on test, about 36.3 / 12.5 / 28.1 on validation. Not run by us.
 

@@ -414,9 +414,13 @@ def resident():
 
 
 @long_or_short(2000, 10000)
-def test_the_loader_leaks_nothing(bins, rounds):
-    meta = train.open_bins(str(bins), 'tiny')
-    load = lambda i: [a.sum() for a in train.get_rows(meta, 'train', train.rows_at(96, 0, i * 8, 8), 13)]
+def test_the_loader_leaks_nothing_and_does_not_keep_what_it_has_read(tmp_path, rounds):
+    n, width = 200_000, 1000
+    with open(tmp_path / 'train.bin', 'wb') as f:
+        f.truncate(2 * n * width)       # 400 MB, of zeros
+    np.save(tmp_path / 'train.idx.npy', np.repeat(np.arange(n)[:, None] * width, 2, axis=1))
+    meta = dict(dir=str(tmp_path), dtype='uint16', vocab_size=99, pad_id=0, eos_id=1)
+    load = lambda i: [a.sum() for a in train.get_rows(meta, 'train', train.rows_at(n, 0, i * 8, 8), width)]
     for i in range(200):
         load(i)
     before = resident()
