@@ -18,6 +18,8 @@ from types import ModuleType
 
 class UserError(ValueError):
     """A mistake of the user's: what was given, what is allowed, what to do. Scripts print it in one line and exit with 1."""
+    def __str__(self):
+        return ' '.join(super().__str__().splitlines())     # what was given may have line breaks
 
 
 def one_line_errors(kind, error, traceback):

@@ -157,7 +157,7 @@ def test_help(tmp_path):
     assert '64' in lines['--batch_size'] and lines['--batch_size'].endswith(' rows per step') and lines['--compile'].endswith(' faster # or not')
 
 
-@pytest.mark.parametrize('args, says', [(['--batchsize=3'], 'did you mean batch_size?'), (['--out_dir=fail'], 'one reason'), (['none.py'], 'no such config file')])
+@pytest.mark.parametrize('args, says', [(['--batchsize=3'], 'did you mean batch_size?'), (['--out_dir=fail'], 'one reason'), (['none.py'], 'no such config file'), (['--a\nb=1'], '--a b=1: unknown')])
 def test_one_line_and_exit_code_1(tmp_path, args, says):
     r = command(tmp_path, *args)
     assert r.returncode == 1 and r.stderr.startswith('error: ') and says in r.stderr and len(r.stderr.splitlines()) == 1
