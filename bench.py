@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import T5Config, T5EncoderModel
+from transformers.utils.logging import disable_progress_bar
 
 from configurator import UserError, configure
 from model import ELF, MODELS, TextEncoder, compute_loss, draw, estimate_flops
@@ -41,6 +42,7 @@ seed = 0
 
 if __name__ == '__main__':
     configure(globals())
+    disable_progress_bar()
     parts = what.split(',')
     if size not in MODELS or ns_dtype not in ('float32', 'bfloat16') or not set(parts) <= {'train', 'sample', 'data', 'muon'}:
         raise UserError(f"size={size!r} is one of {', '.join(MODELS)}; ns_dtype={ns_dtype!r} 'float32' or 'bfloat16'; what={what!r} of train,sample,data,muon")
@@ -120,7 +122,8 @@ if __name__ == '__main__':
             optimizer, step_ms, opt_ms = None, whole_ms + encode_ms, whole_ms - grad_ms
             fraction = estimate_flops(c, T) * B / grad_ms * 1e3 / rate
             print(f"train {B} x {T}: {step_ms:,.1f} ms, {1e3 * B * T / step_ms:,.0f} tokens/s; first step {first:.1f} s\n"
-                  f"  encoder {encode_ms:.1f} + first guess {guess_ms:.1f} + trained pass {grad_ms - guess_ms - head_ms:.1f} + token head {head_ms:.1f} + optimizer ({ns_dtype}) {opt_ms:.1f} ms\n"
+                  f"  encoder {encode_ms:.1f} + first guess {guess_ms:.1f} + trained pass {grad_ms - guess_ms - head_ms:.1f} "
+                  f"+ token head {head_ms:.1f} + optimizer ({ns_dtype}) {opt_ms:.1f} ms\n"
                   f"  forward and backward: {estimate_flops(c, T) * B / 1e12:.3f} TFLOP at {fraction:.0%} of this machine's matrix rate, {rate / 1e12:.2f} TFLOP/s")
             report.setdefault('train', []).append(dict(batch_size=B, max_length=T, step_ms=step_ms, tokens_per_s=1e3 * B * T / step_ms, encoder_ms=encode_ms, guess_ms=guess_ms, head_ms=head_ms,
                                                        forward_backward_ms=grad_ms, optimizer_ms=opt_ms, first_step_s=first, fraction_of_matmul=fraction))
@@ -148,8 +151,10 @@ if __name__ == '__main__':
                 decode_ids(model, z, 3.0)
         (four_ms, first), decode_ms = timed(sample), timed(decode)[0]
         seconds = (sample_steps * four_ms / 4 + decode_ms) / 1e3
-        print(f"sample {sample_batch_size} x {sample_length}: {four_ms / 4:,.1f} ms a step, decoding {decode_ms:.1f} ms; {sample_batch_size / seconds:.2f} samples/s at {sample_steps} steps; first call {first:.1f} s")
-        report['sample'] = dict(batch_size=sample_batch_size, length=sample_length, step_ms=four_ms / 4, decode_ms=decode_ms, samples_per_s=sample_batch_size / seconds, first_call_s=first)
+        print(f"sample {sample_batch_size} x {sample_length}: {four_ms / 4:,.1f} ms a step, decoding {decode_ms:.1f} ms; "
+              f"{sample_batch_size / seconds:.2f} samples/s at {sample_steps} steps; first call {first:.1f} s")
+        report['sample'] = dict(batch_size=sample_batch_size, length=sample_length, step_ms=four_ms / 4, decode_ms=decode_ms,
+                                samples_per_s=sample_batch_size / seconds, first_call_s=first)
 
     if 'data' in parts:
         with tempfile.TemporaryDirectory() as folder:

@@ -364,8 +364,9 @@ def lock(out_dir):
     return f
 
 # what a resumed run may change: at most the order of sums, never the mathematics; max_iters on purpose
-FREE = ('out_dir', 'init_from', 'overwrite', 'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'keep_interval', 'sample_interval', 'wandb_log',
-        'wandb_project', 'data_dir', 'verify_data', 'max_iters', 'max_minutes', 'max_bad_steps', 'max_epochs', 'sampler', 'steps', 'gamma', 'w', 'cfg', 'device', 'compile', 'recompute')
+FREE = ('out_dir', 'init_from', 'overwrite', 'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'keep_interval', 'sample_interval',
+        'wandb_log', 'wandb_project', 'data_dir', 'verify_data', 'max_iters', 'max_minutes', 'max_bad_steps', 'max_epochs', 'sampler', 'steps',
+        'gamma', 'w', 'cfg', 'device', 'compile', 'recompute')
 
 
 def load_resume(out_dir, config):
@@ -409,7 +410,8 @@ def plot_losses(out_dir):
     plt.close(fig)
 
 # what a number may be, where not every number will do
-RANGES = {name: (1, 10**9) for name in ('batch_size', 'gradient_accumulation_steps', 'max_length', 'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'max_bad_steps', 'max_iters')} \
+RANGES = {name: (1, 10**9) for name in ('batch_size', 'gradient_accumulation_steps', 'max_length', 'max_iters', 'max_bad_steps',
+                                        'log_interval', 'eval_interval', 'eval_iters', 'save_interval')} \
     | {name: (0, 10**12) for name in ('keep_interval', 'sample_interval', 'max_input_length', 'warmup_iters', 'max_minutes', 'max_epochs', 'warmup_epochs', 'seed')} \
     | {name: (0, 1) for name in ('t_eps', 'self_cond_prob', 'decoder_prob', 'drop_cond_prob', 'ema_decay')} \
     | {name: (0, 1e6) for name in ('t_std', 'noise_scale', 'w_min', 'w_max', 'decoder_std', 'decoder_noise_scale', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip')} \
@@ -537,7 +539,8 @@ if __name__ == '__main__':
     say(f"device: {decided}, {world} rank{'s' * (world > 1)}, compile {'on' if compiled else 'off'}")
     say(f"model: {size if model_args['n_layer'] == preset['n_layer'] else 'own size'}, {c.n_layer} layers of {c.n_embd}, {c.n_head} heads, {count(params)} parameters; "
         + ', '.join(f"{g.get('name', 'adamw')} {count(g['params'])}" for g in optimizer.param_groups))
-    say(f"data: {meta['dir']}, {meta['rows']['train']:,} rows, {meta['tokens']['train']:,} tokens; encoder {meta['encoder']}, latents {c.latent_dim} wide, mean {c.latent_mean:.3f}, std {c.latent_std:.3f}")
+    say(f"data: {meta['dir']}, {meta['rows']['train']:,} rows, {meta['tokens']['train']:,} tokens; "
+        f"encoder {meta['encoder']}, latents {c.latent_dim} wide, mean {c.latent_mean:.3f}, std {c.latent_std:.3f}")
     say(f"step: {batch_size} rows * {gradient_accumulation_steps} micro-batches = {rows_per_step} rows, {rows_per_step * max_length:,} tokens; "
         f"{max_iters} iterations = {max_iters * rows_per_step / meta['rows']['train']:.2f} epochs, {warmup_iters} of warm-up, peak lr {learning_rate:.2e}")
     say(f"start: {'resumed ' + resumed_from + f' at iteration {iter_num}' if init_from == 'resume' else init_from}")
@@ -695,7 +698,8 @@ if __name__ == '__main__':
             speed, left = rows_per_step * max_length / seconds, seconds * (max_iters - iter_num)
             mfu = f" | mfu {flops / seconds / peak:.0%}" if peak else ''
             bar.clear()
-            say(f"iter {iter_num}: loss {total:.4f} (l2 {l2:.4f}, ce {ce:.4f}) | grad {norm:.2f} | lr {lr:.2e} | {seconds * 1e3:.0f} ms | {speed:,.0f} tok/s{mfu} | {left / 60:.0f} min left", flush=True)
+            say(f"iter {iter_num}: loss {total:.4f} (l2 {l2:.4f}, ce {ce:.4f}) | grad {norm:.2f} | lr {lr:.2e} | "
+                f"{seconds * 1e3:.0f} ms | {speed:,.0f} tok/s{mfu} | {left / 60:.0f} min left", flush=True)
             log(iter=iter_num, loss=total, l2=l2, ce=ce, grad_norm=norm, lr=lr, ms=seconds * 1e3, tokens_per_s=speed)
             clock, timed = time.perf_counter(), 0
 
@@ -705,7 +709,7 @@ if __name__ == '__main__':
     if master:
         plot_losses(out_dir)
         say(f"done: {out_dir}/ckpt.pt, metrics.jsonl, loss.png; next: python sample.py --out_dir={out_dir} --trace=8" if last else
-            f"stopped at iteration {iter_num} ({'signal ' + signal.Signals(reason.item() - 1).name if reason > 1 else 'max_minutes'}), saved in {out_dir}; go on with --init_from=resume")
+            f"stopped at iteration {iter_num} ({signal.Signals(reason.item() - 1).name if reason > 1 else 'max_minutes'}), saved in {out_dir}; go on with --init_from=resume")
     if ddp:
         dist.destroy_process_group()
     if master:

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import torch
 from transformers import T5Config, T5EncoderModel
+from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from configurator import UserError, configure
@@ -38,6 +39,7 @@ device = 'auto'
 
 if __name__ == '__main__':
     configure(globals())
+    disable_progress_bar()
     if not os.path.isfile(os.path.join(port, 'src', 'train_step.py')) or what not in ('train', 'loss', 'sample') or size not in MODELS:
         raise UserError(f"port={port!r} is a checkout of the PyTorch port, what={what!r} 'train', 'loss' or 'sample', size={size!r} of {', '.join(MODELS)}")
     sys.path.insert(0, os.path.join(port, 'src'))
