@@ -578,8 +578,11 @@ if __name__ == '__main__':
         # a resumed run writes again what came after its checkpoint
         kept = []
         if init_from == 'resume' and os.path.exists(metrics_file):
-            with open(metrics_file, encoding='utf-8') as f:
-                kept = [line for line in f if line.endswith('\n') and json.loads(line).get('iter', 0) <= iter_num]
+            try:
+                with open(metrics_file, encoding='utf-8') as f:
+                    kept = [line for line in f if line.endswith('\n') and json.loads(line).get('iter', 0) <= iter_num]
+            except ValueError as e:
+                raise UserError(f"{metrics_file} is damaged ({e}); move it away, the run goes on without its past") from None
         with open(metrics_file + '.tmp', 'w', encoding='utf-8') as f:
             f.writelines(kept)
         os.replace(metrics_file + '.tmp', metrics_file)

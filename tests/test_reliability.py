@@ -266,6 +266,16 @@ def test_a_full_disk_during_a_save(run, tiny, tmp_path):
     run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=4', '--init_from=resume')
 
 
+def test_damaged_metrics_are_named(run, tiny, tmp_path):
+    run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=2')
+    (tmp_path / 'metrics.jsonl').write_bytes(b'{"iter": 1}\n\x00\x00\n')
+    with pytest.raises(UserError, match='metrics.jsonl is damaged .* move it away'):
+        run('train.py', *tiny, f'--out_dir={tmp_path}', '--init_from=resume')
+    assert (tmp_path / 'metrics.jsonl').read_bytes() == b'{"iter": 1}\n\x00\x00\n'
+    (tmp_path / 'metrics.jsonl').unlink()
+    run('train.py', *tiny, f'--out_dir={tmp_path}', '--init_from=resume')
+
+
 def damages(data, seed, cuts, flips):
     """The file cut at each of the last lengths, and with one bit turned at random places."""
     rng = random.Random(seed)
