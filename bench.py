@@ -99,8 +99,9 @@ if __name__ == '__main__':
                     model(x0[:n_guess], x0[:n_guess], t[:n_guess], w[:n_guess])
 
             def token_head():
-                h = torch.randn(n_decode, T, c.n_embd, device=device)
-                F.cross_entropy(model.unembed(F.gelu(model.proj(h), approximate='tanh')).flatten(0, 1), ids[:n_decode].flatten().to(device)).backward()
+                with ctx:
+                    logits = model.unembed(F.gelu(model.proj(torch.randn(n_decode, T, c.n_embd, device=device)), approximate='tanh'))
+                F.cross_entropy(logits.float().flatten(0, 1), ids[:n_decode].flatten().to(device)).backward()
                 model.zero_grad(set_to_none=True)
 
             def forward_backward():

@@ -252,7 +252,9 @@ class ELF(nn.Module):
         except (KeyError, ValueError, IndexError, AttributeError, ZeroDivisionError) as e:
             raise UserError(f"{path} holds no ELF weights: {type(e).__name__} {e} while reading the sizes off them; "
                             f"it has {', '.join(map(str, list(state)[:5]))}, ...") from None
-        settings = {k: v for k, v in (ckpt.get('model_args') or read_config_yml(path, sizes)).items() if k in ELFConfig.__dataclass_fields__}
+        settings = ckpt.get('model_args') or read_config_yml(path, sizes)
+        if unknown := settings.keys() - ELFConfig.__dataclass_fields__.keys():
+            raise UserError(f"{path} has settings that this code does not know: {', '.join(sorted(unknown))}; was it written by a later version?")
         model = cls(ELFConfig(**{**settings, **sizes}))
         want = {k: v.shape for k, v in model.state_dict().items()}
         wrong = [f"missing {k}" for k in want.keys() - state.keys()] + [f"left over {k}" for k in state.keys() - want.keys()]

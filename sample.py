@@ -72,7 +72,7 @@ def compile_in_place(module, device, static=False):
 
 
 def pack_linears(model, decided):
-    """For sampling in float32 on an x86 CPU: matrix products by oneDNN from weights in its own layout, 15 % faster than the default ones."""
+    """For sampling in float32 on an x86 CPU: matrix products by oneDNN from weights in its own layout, faster than the default ones."""
     if decided.startswith('cpu') and 'float32' in decided and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available():
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import UserError, configure
 from model import ELF, MODELS, ELFConfig, TextEncoder, compute_loss, draw, estimate_flops, load_checkpoint
 from prepare import sha256
-from sample import compile_in_place, load_tokenizer, pick_device, printable, read_inputs, resolve_sampling, row_seed, sample_texts, write_texts
+from sample import compile_in_place, load_tokenizer, make_out_dir, pick_device, printable, read_inputs, resolve_sampling, row_seed, sample_texts, write_texts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # input, output
@@ -349,11 +349,8 @@ def save_checkpoint(out_dir, ckpt, keep_as=''):
 
 def lock(out_dir):
     """One run at a time writes an out_dir -> the open lock file; the system releases it however the process ends. UserError if it is taken."""
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        f = open(os.path.join(out_dir, 'lock'), 'a')
-    except OSError as e:
-        raise UserError(f"out_dir={out_dir!r} cannot be written: {e.strerror}") from None
+    make_out_dir(out_dir)
+    f = open(os.path.join(out_dir, 'lock'), 'a')
     try:
         import fcntl
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -685,7 +682,8 @@ if __name__ == '__main__':
             log(iter=iter_num + 1, bad_steps=bad_steps, lr=lr)
             if bad_steps == max_bad_steps:
                 raise UserError(f"{bad_steps} steps in a row without a finite gradient, up to iter {iter_num + 1} (norm {norm}, loss {sums[0].item()}, lr {lr:.2e}); "
-                                + (f"the last checkpoint is of iter {saved}, in {out_dir}" if saved >= 0 else "nothing was saved yet") + "; lower the learning_rate")
+                                + (f"the last checkpoint is of iter {saved}: --init_from={out_dir} starts from its weights in another --out_dir" if saved >= 0 else "nothing was saved yet")
+                                + "; lower the learning_rate")
         optimizer.zero_grad(set_to_none=True)
         iter_num += 1
         timed += 1

@@ -394,6 +394,13 @@ def test_which_file_of_a_folder(tmp_path):
             assert find_checkpoint(str(tmp_path)) == str(tmp_path / name)
 
 
+def test_settings_of_a_later_version_are_refused(tmp_path):
+    net = small()
+    torch.save(dict(model=net.state_dict(), ema=net.state_dict(), model_args=asdict(net.config) | dict(n_new=3)), tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='does not know: n_new'):
+        ELF.from_pretrained(str(tmp_path))
+
+
 def test_draw():
     c, B, g = replace(SMALL, latent_dim=1), 7, torch.Generator().manual_seed(0)
     draws = [draw(c, B, 2, g, 'cpu') for _ in range(2000)]
