@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import UserError, configure
-from model import ELF, TextEncoder, hub_error
-from sample import cut, load_tokenizer, make_out_dir, pack_linears, pick_device, read_inputs, read_jsonl, resolve_sampling, sample_texts, write_texts
+from model import TextEncoder, hub_error
+from sample import cut, load_model, load_tokenizer, make_out_dir, pack_linears, pick_device, read_inputs, read_jsonl, resolve_sampling, sample_texts, write_texts
 from train import estimate_loss, get_rows, open_bins
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ if __name__ == '__main__':
     if samples:
         runs['samples'] = read_samples(samples, references)
     else:
-        model = ELF.from_pretrained(init_from or out_dir).to(device)
+        model = load_model(init_from, out_dir).to(device)
         pack_linears(model, decided)
         c, encoder = model.config, None
         if meta and meta['vocab_size'] != c.vocab_size:

@@ -170,6 +170,13 @@ def row_seed(seed, i):
     return int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] >> 1)
 
 
+def load_model(init_from, out_dir):
+    """ELF of init_from, a file, folder or hub id, or of out_dir, which is never looked for on the hub. UserError if there is none."""
+    if not init_from and not os.path.isdir(out_dir):
+        raise UserError(f"no model in {out_dir}: train one, name its folder with --out_dir, or a published one with --init_from=org/repo")
+    return ELF.from_pretrained(init_from or out_dir)
+
+
 def load_tokenizer(name):
     """A tokenizer from a hub id or folder. UserError if it is gone."""
     from transformers import AutoTokenizer
@@ -292,7 +299,7 @@ if __name__ == '__main__':
     if min(num_samples, batch_size) < 1 or min(seed, trace) < 0 or input and input_file:
         raise UserError(f"num_samples={num_samples}, batch_size={batch_size} start at 1, seed={seed}, trace={trace} at 0; input and input_file exclude each other")
     device, ctx, decided = pick_device(device, dtype)
-    model = ELF.from_pretrained(init_from or out_dir).to(device)
+    model = load_model(init_from, out_dir).to(device)
     inputs = [row['input'] for row in read_inputs(input_file)] if input_file else [input] if input else None
     if bool(inputs) != bool(model.config.max_input_length):
         raise UserError(f"{init_from or out_dir} is a model with{'' if model.config.max_input_length else 'out'} conditions; "

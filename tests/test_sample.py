@@ -76,6 +76,12 @@ def test_text_i_depends_on_seed_and_i_alone():
     assert len({row_seed(s, i) for s in range(30) for i in range(30)}) == 900
 
 
+@pytest.mark.parametrize('script', ['sample.py', 'eval.py'])
+def test_an_out_dir_is_not_looked_for_on_the_hub(run, script):
+    with pytest.raises(UserError, match='no model in out/none: train one'):
+        run(script, '--out_dir=out/none', '--device=cpu')
+
+
 def test_cut_and_printable():
     assert cut([5, 1, 6], 1) == [5] and cut([5, 6], 1) == [5, 6] and cut([1], 1) == []
     assert printable('a\x1b[2Jb\nc é') == 'a\\x1b[2Jb c é'
