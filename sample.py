@@ -72,12 +72,18 @@ def compile_in_place(module, device, static=False):
 
 
 def pack_linears(model, decided):
-    """For sampling in float32 on an x86 CPU: matrix products by oneDNN from weights in its own layout, faster than the default ones."""
-    if decided.startswith('cpu') and 'float32' in decided and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available():
-        for module in model.modules():
+    """For sampling on an x86 CPU: matrix products by oneDNN from weights in its own layout, in the types that autocast would pick, but faster."""
+    def product(x, weight, bias, dtype):
+        return torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, 'none', [], '')
+
+    half = 'bfloat16' in decided
+    if decided.startswith('cpu') and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and (not half or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear):
-                weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), None)
-                module.forward = partial(torch.ops.mkldnn._linear_pointwise, W=weight, B=module.bias, attr='none', scalars=[], algorithm='')
+                # ELF.forward keeps its ends in float32
+                dtype = torch.bfloat16 if half and name.startswith(('blocks.', 'proj', 'unembed')) else torch.float32
+                weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().to(dtype), None)
+                module.forward = partial(product, weight=weight, bias=None if module.bias is None else module.bias.detach().to(dtype), dtype=dtype)
 
 
 def time_grid(steps, schedule, config, generator=None):

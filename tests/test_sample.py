@@ -36,6 +36,20 @@ def test_samplers_equal_the_official_ones(case, packed, official):
     assert torch.equal(decode_ids(model, z, how['self_cond_cfg_scale']).int(), get('ids'))
 
 
+def test_packed_bfloat16_rounds_where_autocast_does(official):
+    torch.manual_seed(0)
+    z, t = torch.randn(2, 9, official.config.latent_dim), torch.rand(2)
+    run = lambda model: [model.denoise(z, z, t, 1 + t), model.decode(z, 1 + t)]
+    with torch.no_grad():
+        exact = run(official)
+        with torch.autocast('cpu', torch.bfloat16):
+            plain = run(official)
+            pack_linears(model := copy.deepcopy(official), 'cpu (CPU), bfloat16 autocast (as asked)')
+            packed = run(model)
+    for a, b, c in zip(exact, plain, packed):
+        assert c.dtype == b.dtype and 0.95 < (c - a).norm() / (b - a).norm() < 1.05
+
+
 @pytest.mark.parametrize('sampler, gamma', [('ode', 0.0), ('sde', 1.5), ('sde', 40.0)])
 @pytest.mark.parametrize('grid', ['logit_normal', 'uniform', 'quantile'])
 def test_with_an_oracle_every_step_lies_on_the_path_to_the_data(sampler, gamma, grid):
