@@ -189,6 +189,7 @@ def gen_ppl(texts, judge, batch_size=16, device='cpu', max_length=1024):
     counts tokens between the first and the second EOS twice. entropy: nats over the ids without fill, mean over texts.
     """
     model, bpe = load_judge(judge, str(device))
+    torch.set_float32_matmul_precision('highest')       # of a GPU: pick_device may have allowed TF32
     eos, kept = bpe.eot_token, [text for text in texts if text.strip()]
     max_length = min(max_length, getattr(model.config, 'max_position_embeddings', max_length))
     rows = [bpe.encode(text, allowed_special='all')[:max_length] for text in kept]

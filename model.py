@@ -306,7 +306,8 @@ def draw(config, B, T, generator, device):
     big = torch.Generator(device).manual_seed(torch.randint(2**62, (), generator=generator).item())
     randn = lambda width: torch.randn(B, T, width, generator=big, device=device)
     lam = torch.sigmoid(randn(1) * c.decoder_std + c.decoder_mean)
-    return Draws(t.to(device), randn(c.latent_dim), is_decode, lam, randn(c.latent_dim), self_cond, w.to(device), drop_cond)
+    there = lambda x: x.to(device, non_blocking=True)
+    return Draws(there(t), randn(c.latent_dim), is_decode, lam, randn(c.latent_dim), self_cond, there(w), drop_cond)
 
 
 def compute_loss(net, x0, tokens, loss_mask, cond_mask, draws):
@@ -321,8 +322,9 @@ def compute_loss(net, x0, tokens, loss_mask, cond_mask, draws):
     m = B - n
     # denoise rows first, decode rows last
     order = torch.argsort(d.is_decode.int(), stable=True)
-    sc = d.self_cond[order[:m]].nonzero()[:, 0].to(device)          # the self-conditioned among the first m rows
-    rows, drop = order.to(device), d.drop_cond.to(device)[:, None, None]
+    there = lambda x: x.to(device, non_blocking=True)
+    sc = there(d.self_cond[order[:m]].nonzero()[:, 0])              # the self-conditioned among the first m rows
+    rows, drop = there(order), there(d.drop_cond)[:, None, None]
     cond = cond_mask.bool()[:, :, None]                                                     # (B, T, 1)
     x0 = torch.where(cond & drop, 0.0, x0)[rows]                                            # (B, T, C)
     tokens, mask, cond, t, w = tokens[rows], loss_mask[rows].float(), cond[rows], d.t[rows], d.w[rows]
@@ -404,7 +406,7 @@ class TextEncoder(nn.Module):
             query, key = cond_mask.bool()[:, :, None], cond_mask.bool()[:, None, :]
             see = torch.where(query, key, see)
             if drop_cond is not None:
-                see = see & ~(drop_cond.to(ids.device)[:, None, None] & ~query & key)
+                see = see & ~(drop_cond.to(ids.device, non_blocking=True)[:, None, None] & ~query & key)
         # additive floats in 4-D: the one form that is right under every attention implementation of transformers 5
         mask = torch.zeros(see.shape, device=ids.device).masked_fill_(~see, torch.finfo(torch.float32).min)
         latents = self.model(input_ids=ids, attention_mask=mask[:, None]).last_hidden_state
@@ -505,7 +507,9 @@ def load_checkpoint(path):
                     raise ValueError(f"{damaged} in it is damaged (checksum)")
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:      # unpickling a damaged file can raise nearly anything
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        # torch's own message goes on to advise how to run it
+        called = re.search(r'GLOBAL (\S+)', str(e))
+        reason = f"it would run {called[1]}" if called else f"{type(e).__name__} {e}".splitlines()[0].split('. ')[0]
         raise UserError(f"{path} is not a readable checkpoint (only tensors and plain types are loaded): {reason}") from None
     if not isinstance(ckpt, dict):
         raise UserError(f"{path} holds a {type(ckpt).__name__}, not a dict of weights")

@@ -525,7 +525,7 @@ if __name__ == '__main__':
         optimizer.load_state_dict(ckpt['optimizer'])
         changed = [f"{k} was {ckpt['layout'][k]}, now {v}" for k, v in layout.items() if ckpt.get('layout', layout)[k] != v]
         del ckpt
-    compiled = compile and compile_in_place(raw_model, device, static=True)
+    compiled = compile and compile_in_place(raw_model, device)
     if compiled:
         text_encoder.compile(dynamic=False)
     # no buffers to broadcast: a rank whose rows need no first guess may skip that pass without the others waiting for it

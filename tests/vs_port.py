@@ -67,7 +67,6 @@ if __name__ == '__main__':
         decoder_noise_scale=c.decoder_noise_scale, latent_mean=c.latent_mean, latent_std=c.latent_std)
     ids, generator = torch.randint(3, c.vocab_size, (B, T)), torch.Generator().manual_seed(0)
     if device.type == 'cuda':
-        torch.backends.cuda.matmul.allow_tf32 = True
         net = torch.compile(net)
 
     if what == 'sample':
@@ -95,7 +94,7 @@ if __name__ == '__main__':
         """One of ours as a function without arguments."""
         own, (_, ctx, decided) = copy.deepcopy(model), pick_device(device.type, dtype)
         if compile:
-            compile_in_place(own, device, static=what != 'sample')
+            compile_in_place(own, device)
         if what == 'sample':
             own.eval()
             if not compile:
@@ -124,6 +123,7 @@ if __name__ == '__main__':
         return run
 
     variants = {'port': port_run} | {name: variant(*name.split('/')) for name in ours.split(',')}
+    torch.set_float32_matmul_precision('high')      # as in the port's train.py; for all alike
     times_of = {name: [] for name in variants}
     for r in range(runs + 1):
         for name, run in variants.items():
