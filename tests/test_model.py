@@ -362,6 +362,19 @@ def test_bfloat16_autocast():
     assert x_hat.dtype == torch.float32 and logits.dtype == torch.bfloat16     # what feeds the velocity stays exact
 
 
+def test_first_weights():
+    torch.manual_seed(0)
+    for name, p in ELF(replace(SMALL, n_embd=64)).named_parameters():
+        if name == 'final_layer.linear.weight' or name.endswith('bias'):
+            assert not p.any(), name
+        elif 'embedder' in name or 'tokens' in name:
+            assert p.std().item() == pytest.approx(0.02, rel=0.2), name
+        elif p.ndim == 2:       # Xavier, uniform
+            assert p.abs().max().item() == pytest.approx((6 / sum(p.shape)) ** 0.5, rel=0.05), name
+        else:
+            assert (p == 1).all(), name
+
+
 def test_recomputed_activations_give_the_same_gradients():
     net = small()
     args = batch(net, B=6, is_decode=[0] * 4 + [1] * 2, self_cond=[1] * 2 + [0] * 4)
@@ -376,12 +389,15 @@ def test_recomputed_activations_give_the_same_gradients():
 def test_estimated_flops_are_those_of_a_step():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    c = ELFConfig(n_layer=2, n_embd=32, n_head=2, latent_dim=16, bottleneck=8, vocab_size=60, decoder_prob=0.5, self_cond_prob=0.5)
-    net, counter, mask = ELF(c), FlopCounterMode(display=False), torch.ones(8, 16, dtype=torch.bool)
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        loss, _ = compute_loss(net, torch.randn(8, 16, 16), torch.zeros(8, 16, dtype=torch.long), mask, ~mask, draw(c, 8, 16, torch.Generator().manual_seed(0), 'cpu'))
+    C, D, T = 64, 32, 16
+    c = ELFConfig(n_layer=2, n_embd=D, n_head=2, latent_dim=C, bottleneck=24, vocab_size=60, decoder_prob=0.5, self_cond_prob=0.5)
+    net, counter, mask = ELF(c), FlopCounterMode(display=False), torch.ones(8, T, dtype=torch.bool)
+    with sdpa_kernel(SDPBackend.MATH), counter:     # 4 decode rows, 4 denoise rows, 2 of them self-conditioned
+        loss, _ = compute_loss(net, torch.randn(8, T, C), torch.zeros(8, T, dtype=torch.long), mask, ~mask, draw(c, 8, T, torch.Generator().manual_seed(0), 'cpu'))
         loss.backward()
-    assert counter.get_total_flops() / 8 == pytest.approx(estimate_flops(c, 16), rel=0.03)
+    embedders = 2 * 2 * ((1 + 2 / 8) * (256 * D + D * D) + 256 * D + 2 * D * D)     # of t and w, not estimated
+    no_gradient_of_z = 2 * T * 2 * C * C                                            # estimated
+    assert counter.get_total_flops() / 8 == estimate_flops(c, T) + embedders - no_gradient_of_z
 
 
 def test_which_file_of_a_folder(tmp_path):
