@@ -90,6 +90,21 @@ def test_text_i_depends_on_seed_and_i_alone():
     assert len({row_seed(s, i) for s in range(30) for i in range(30)}) == 900
 
 
+def test_a_condition_is_coded_cut_kept_and_left_out_of_the_text():
+    c, seen = ELFConfig(latent_dim=2, max_length=8, max_input_length=3), []
+    position = torch.nn.functional.one_hot(torch.arange(10, 18), 20).float().expand(2, -1, -1)      # decodes to 10, 11, ... 17
+    model = SimpleNamespace(config=c, denoise=lambda z, x_prev, t, w: seen.append((z, x_prev)) or z, decode=lambda z, w: position[:len(z)])
+    encoder = lambda *args: seen.append(args) or torch.full((2, 8, 2), 7.0)
+    tokenizer = type('', (), dict(eos_token_id=1, pad_token_id=0, decode=lambda self, ids, **_: str(ids), 
+                               __call__=lambda self, text, add_special_tokens: dict(input_ids=[*map(ord, text)] + [2] * add_special_tokens)))()
+    texts = sample_texts(model, tokenizer, 2, 2, 0, torch.device('cpu'), 3, 'sde', 1.5, 3.0, 1.0, 'uniform', inputs=['d', 'defg'], encoder=encoder)
+    (ids, valid, cond), *calls = seen
+    assert ids.tolist() == [[100, 1] + [0] * 6, [100, 101, 102] + [0] * 5]          # EOS ends it, or is cut off
+    assert torch.equal(valid, cond) and cond.tolist() == [[True] * 2 + [False] * 6, [True] * 3 + [False] * 5]
+    assert len(calls) == 3 and all(((x == 7).all(-1) == cond).all() for call in calls for x in call)
+    assert [x['ids'] for x in texts] == [[12, 13, 14, 15, 16], [13, 14, 15, 16, 17]] and [x['input'] for x in texts] == ['d', 'defg']
+
+
 @pytest.mark.parametrize('script', ['sample.py', 'eval.py'])
 def test_an_out_dir_is_not_looked_for_on_the_hub(run, script):
     with pytest.raises(UserError, match='no model in out/none: train one'):
