@@ -95,7 +95,7 @@ def test_a_condition_is_coded_cut_kept_and_left_out_of_the_text():
     position = torch.nn.functional.one_hot(torch.arange(10, 18), 20).float().expand(2, -1, -1)      # decodes to 10, 11, ... 17
     model = SimpleNamespace(config=c, denoise=lambda z, x_prev, t, w: seen.append((z, x_prev)) or z, decode=lambda z, w: position[:len(z)])
     encoder = lambda *args: seen.append(args) or torch.full((2, 8, 2), 7.0)
-    tokenizer = type('', (), dict(eos_token_id=1, pad_token_id=0, decode=lambda self, ids, **_: str(ids), 
+    tokenizer = type('', (), dict(eos_token_id=1, pad_token_id=0, decode=lambda self, ids, **_: str(ids),
                                __call__=lambda self, text, add_special_tokens: dict(input_ids=[*map(ord, text)] + [2] * add_special_tokens)))()
     texts = sample_texts(model, tokenizer, 2, 2, 0, torch.device('cpu'), 3, 'sde', 1.5, 3.0, 1.0, 'uniform', inputs=['d', 'defg'], encoder=encoder)
     (ids, valid, cond), *calls = seen
