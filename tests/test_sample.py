@@ -105,6 +105,17 @@ def test_a_condition_is_coded_cut_kept_and_left_out_of_the_text():
     assert [x['ids'] for x in texts] == [[12, 13, 14, 15, 16], [13, 14, 15, 16, 17]] and [x['input'] for x in texts] == ['d', 'defg']
 
 
+@pytest.mark.parametrize('args', [['--num_samples=0'], ['--batch_size=0'], ['--seed=-1'], ['--trace=-1'], ['--input=a', '--input_file=b']])
+def test_settings_out_of_range(run, args):
+    with pytest.raises(UserError, match='start at 1'):
+        run('sample.py', *args)
+
+
+def test_the_least_settings_are_allowed(run):
+    with pytest.raises(UserError, match='no model in out/none'):
+        run('sample.py', '--out_dir=out/none', '--num_samples=1', '--batch_size=1', '--seed=0', '--trace=0', '--device=cpu')
+
+
 @pytest.mark.parametrize('script', ['sample.py', 'eval.py'])
 def test_an_out_dir_is_not_looked_for_on_the_hub(run, script):
     with pytest.raises(UserError, match='no model in out/none: train one'):
