@@ -164,6 +164,8 @@ def test_references_that_do_not_fit(run, tmp_path, content, says):
 def test_scores_a_file(run, bins, judge, tmp_path):
     file = tmp_path / 'texts.jsonl'
     file.write_text('{"text": "ab ba"}\n\n{"generated": ""}\n{"generated": "\\u001b[2J aaaa"}\n')
+    with pytest.raises(UserError, match='name its bins'):
+        run('eval.py', f'--samples={file}', f'--out_dir={tmp_path}', '--judge=ngram', '--device=cpu')
     out = run('eval.py', f'--samples={file}', f'--out_dir={tmp_path}', f'--data_dir={bins}', '--dataset=tiny', '--judge=ngram', '--device=cpu')
     last = json.loads(out.splitlines()[-1])
     assert last['texts'] == 3 and last['empty'] == 1 and last['real']['texts'] == 3
