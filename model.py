@@ -320,7 +320,7 @@ def compute_loss(net, x0, tokens, loss_mask, cond_mask, draws):
     c, d, device = getattr(net, 'module', net).config, draws, x0.device
     B, n = len(x0), int(d.is_decode.sum())
     m = B - n
-    # denoise rows first, decode rows last
+    # denoise rows first, decode rows last; copies to the GPU do not wait for it
     order = torch.argsort(d.is_decode.int(), stable=True)
     there = lambda x: x.to(device, non_blocking=True)
     sc = there(d.self_cond[order[:m]].nonzero()[:, 0])              # the self-conditioned among the first m rows

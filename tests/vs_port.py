@@ -123,7 +123,8 @@ if __name__ == '__main__':
         return run
 
     variants = {'port': port_run} | {name: variant(*name.split('/')) for name in ours.split(',')}
-    torch.set_float32_matmul_precision('high')      # as in the port's train.py; for all alike
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')      # as in the port's train.py; for all alike
     times_of = {name: [] for name in variants}
     for r in range(runs + 1):
         for name, run in variants.items():
