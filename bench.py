@@ -45,7 +45,7 @@ if __name__ == '__main__':
     disable_progress_bar()
     parts = what.split(',')
     if size not in MODELS or ns_dtype not in ('float32', 'bfloat16') or not set(parts) <= {'train', 'sample', 'data', 'muon'}:
-        raise UserError(f"size={size!r} is one of {', '.join(MODELS)}; ns_dtype={ns_dtype!r} 'float32' or 'bfloat16'; what={what!r} of train,sample,data,muon")
+        raise UserError(f"size={size!r} must be one of {', '.join(MODELS)}; ns_dtype={ns_dtype!r} 'float32' or 'bfloat16'; what={what!r} some of train,sample,data,muon")
     if min(batch_size, max_length, sample_batch_size, sample_length, sample_steps, runs) < 1:
         raise UserError("batch_size, max_length, sample_batch_size, sample_length, sample_steps and runs start at 1")
     device, ctx, decided = pick_device(device, dtype)

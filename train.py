@@ -115,7 +115,7 @@ def open_bins(data_dir, dataset, verify=False):
         os.replace(old, folder)     # prepare.py was killed between its two renames
     for name in ('meta.json', 'train.bin', 'val.bin', 'train.idx.npy', 'val.idx.npy'):
         if not os.path.isfile(os.path.join(folder, name)):
-            raise UserError(f"{os.path.join(folder, name)} not found; run: python prepare.py --dataset={dataset}")
+            raise UserError(f"{os.path.join(folder, name)} not found; run: python prepare.py --dataset={dataset}, or the command at the top of its config file")
     try:
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
             meta = json.load(f)

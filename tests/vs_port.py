@@ -41,7 +41,7 @@ if __name__ == '__main__':
     configure(globals())
     disable_progress_bar()
     if not os.path.isfile(os.path.join(port, 'src', 'train_step.py')) or what not in ('train', 'loss', 'sample') or size not in MODELS:
-        raise UserError(f"port={port!r} is a checkout of the PyTorch port, what={what!r} 'train', 'loss' or 'sample', size={size!r} of {', '.join(MODELS)}")
+        raise UserError(f"port={port!r} must be a checkout of the PyTorch port, what={what!r} 'train', 'loss' or 'sample', size={size!r} one of {', '.join(MODELS)}")
     sys.path.insert(0, os.path.join(port, 'src'))
     import train_step as port_step
     from modules.model import ELF as PortELF
