@@ -1,7 +1,9 @@
-# An 11M-parameter ELF on the embedded text for one small GPU, with what the large runs use: bfloat16, compile, accumulation,
-# Muon, EMA, validation, sampling, checkpoints. Not run by us on a GPU yet.
+# An 11M-parameter ELF on the embedded text for one small GPU, with what the large runs use:
+# bfloat16, compile, accumulation, Muon, EMA, validation, sampling, checkpoints.
+# Not run by us on a GPU yet.
 #
-#   python prepare.py --name=pydocs128 --max_length=128 --letters_only=false --token_level=subwords --encoder_dim=128
+#   python prepare.py --name=pydocs128 --max_length=128 --letters_only=false \
+#       --token_level=subwords --encoder_dim=128
 #   python train.py config/gpu_debug.py
 
 out_dir = 'out/gpu_debug'

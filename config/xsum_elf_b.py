@@ -1,10 +1,12 @@
-# ELF-B, one-sentence summaries, XSum: the published recipe. Article (up to 1,024 tokens) and summary share a row of 1,088.
+# ELF-B, one-sentence summaries, XSum: the published recipe. Article (up to 1,024 tokens) and
+# summary share a row of 1,088.
 #
 #   python prepare.py --dataset=xsum
 #   torchrun --nproc_per_node=8 train.py config/xsum_elf_b.py
 #   python eval.py --out_dir=out/xsum_elf_b --dataset=xsum --num_samples=20000
 #
-# Published for the official code: ROUGE-1/2/L 36.0 / 12.2 / 27.8 on test, about 36.3 / 12.5 / 28.1 on validation. Not run by us.
+# Published for the official code: ROUGE-1/2/L 36.0 / 12.2 / 27.8 on test, about 36.3 / 12.5 /
+# 28.1 on validation. Not run by us.
 
 out_dir = 'out/xsum_elf_b'
 dataset = 'xsum'

@@ -1,8 +1,9 @@
 """
-A Hugging Face hub on this machine, for tests: enough of its protocol for huggingface_hub, transformers and datasets.
+A Hugging Face hub on this machine, for tests: enough of its protocol for huggingface_hub,
+transformers and datasets.
 
     hub = Hub({('model', 'org/elf'): folder, ('dataset', 'org/ids'): folder})
-    HF_ENDPOINT=hub.url python sample.py --init_from=org/elf;   hub.got has the files that were downloaded
+    HF_ENDPOINT=hub.url python sample.py --init_from=org/elf;   hub.got counts the files it sent
 """
 import hashlib
 import json
@@ -26,7 +27,8 @@ class Hub:
         self.up()
 
     def up(self):
-        self.server = ThreadingHTTPServer(('127.0.0.1', self.port), type('Bound', (Handler,), dict(hub=self)))
+        handler = type('Bound', (Handler,), dict(hub=self))
+        self.server = ThreadingHTTPServer(('127.0.0.1', self.port), handler)
         self.port = self.server.server_port
         self.url = f'http://127.0.0.1:{self.port}'
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
@@ -36,6 +38,11 @@ class Hub:
         self.server.server_close()      # from now on the port refuses
 
 
+def etag(file):
+    with open(file, 'rb') as f:
+        return hashlib.sha256(f.read()).hexdigest()
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
 
@@ -43,74 +50,99 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def reply(self, status, body=b'', size=None, **headers):
+        """Send it; size: what is promised, if that is not what is sent."""
         self.send_response(status)
-        for k, v in {'Content-Length': len(body) if size is None else size, **headers}.items():
-            self.send_header(k.replace('_', '-'), str(v))
+        headers['Content-Length'] = len(body) if size is None else size
+        for name, value in headers.items():
+            self.send_header(name.replace('_', '-'), str(value))
         self.end_headers()
         if self.command != 'HEAD':
             self.wfile.write(body)
-        self.close_connection = size is not None and self.command != 'HEAD'      # less was sent than promised
+            self.close_connection = size is not None
+
+    def reply_json(self, content):
+        self.reply(200, json.dumps(content).encode(), Content_Type='application/json')
 
     def refuse(self, status, code, **headers):
-        self.reply(status, json.dumps(dict(error=code)).encode(), X_Error_Code=code, X_Error_Message=code, **headers)
+        self.reply(status, json.dumps(dict(error=code)).encode(),
+                   X_Error_Code=code, X_Error_Message=code, **headers)
 
     def do_GET(self):
         url = urlsplit(self.path)
-        path, api = unquote(url.path), False
-        if path.startswith('/api/'):
-            path, api = path[4:], True
-            kind, rest = re.fullmatch(r'/(model|dataset)s/(.*)', path).groups()
+        path = unquote(url.path)
+        is_api = path.startswith('/api/')
+        if is_api:
+            kind, rest = re.fullmatch(r'/api/(model|dataset)s/(.*)', path).groups()
         else:       # '/cdn' in front: where the large files are
             kind, rest = re.fullmatch(r'(?:/cdn)?/(datasets/)?(.*)', path).groups()
             kind = 'dataset' if kind else 'model'
-        repo = next((r for k, r in self.hub.repos if k == kind and (rest + '/').startswith(r + '/')), None)
-        if repo is None:
+        ids = [r for k, r in self.hub.repos if k == kind and f'{rest}/'.startswith(f'{r}/')]
+        if not ids:
             return self.refuse(401, 'RepoNotFound')     # missing or private, a stranger is not told
-        if repo in self.hub.refused and not (api and self.hub.refused[repo] == 'GatedRepo'):     # all may see what is gated
-            return self.refuse(401, self.hub.refused[repo])
-        folder, rest = self.hub.repos[kind, repo], rest[len(repo) + 1:]
-        if api:
-            names = sorted(os.path.relpath(os.path.join(at, f), folder) for at, _, fs in os.walk(folder) for f in fs)
-            what, _, rest = rest.partition('/')
-            revision, _, inside = rest.partition('/')
-            if revision not in ('', 'main', COMMIT):
-                return self.refuse(404, 'RevisionNotFound')
-            if what in ('', 'revision'):
-                info = dict(id=repo, sha=COMMIT, private=False, gated=False, tags=[], siblings=[dict(rfilename=n) for n in names])
-                return self.reply(200, json.dumps(info).encode(), Content_Type='application/json')
-            names = [n for n in names if not inside or n.startswith(inside + '/')]
-            if what != 'tree' or not names:
-                return self.refuse(404, 'EntryNotFound')
-            top = inside.count('/') + bool(inside)
-            if parse_qs(url.query).get('recursive', ['false'])[0].lower() not in ('true', '1'):
-                entries = {n if n.count('/') == top else '/'.join(n.split('/')[:top + 1]) for n in names}
+        repo = ids[0]
+        code = self.hub.refused.get(repo)
+        if code and not (is_api and code == 'GatedRepo'):       # all may see what is gated
+            return self.refuse(401, code)
+        folder, rest = self.hub.repos[kind, repo], rest.removeprefix(f'{repo}/')
+        if is_api:
+            self.describe(repo, folder, '' if rest == repo else rest, parse_qs(url.query))
+        else:
+            self.send_file(repo, folder, rest, path.startswith('/cdn'))
+
+    do_HEAD = do_GET
+
+    def describe(self, repo, folder, rest, query):
+        """The answers to '', 'revision/<revision>' and 'tree/<revision>/<path inside>'."""
+        names = sorted(os.path.relpath(os.path.join(at, f), folder)
+                       for at, _, files in os.walk(folder) for f in files)
+        what, _, rest = rest.partition('/')
+        revision, _, inside = rest.partition('/')
+        if revision not in ('', 'main', COMMIT):
+            return self.refuse(404, 'RevisionNotFound')
+        if what in ('', 'revision'):
+            return self.reply_json(dict(id=repo, sha=COMMIT, private=False, gated=False, tags=[],
+                                        siblings=[dict(rfilename=name) for name in names]))
+        names = [name for name in names if not inside or name.startswith(f'{inside}/')]
+        if what != 'tree' or not names:
+            return self.refuse(404, 'EntryNotFound')
+        deep = query.get('recursive', ['false'])[0].lower() in ('true', '1')
+        top = inside.count('/') + 1 + bool(inside)      # parts in the names of the first level
+        shown = set()
+        for parts in (name.split('/') for name in names):
+            shown |= {'/'.join(parts[:i]) for i in range(top, len(parts) + 1 if deep else top + 1)}
+        entries = []
+        for name in sorted(shown):
+            file = os.path.join(folder, name)
+            if os.path.isdir(file):
+                entries.append(dict(type='directory', path=name, oid='0' * 40, size=0))
             else:
-                entries = {'/'.join(n.split('/')[:i]) for n in names for i in range(top + 1, n.count('/') + 2)}
-            entries = [dict(type='directory', path=n, oid='0' * 40, size=0) if os.path.isdir(os.path.join(folder, n)) else
-                       dict(type='file', path=n, oid=self.etag(os.path.join(folder, n)), size=os.path.getsize(os.path.join(folder, n))) for n in sorted(entries)]
-            return self.reply(200, json.dumps(entries).encode(), Content_Type='application/json')
-        _, revision, name = rest.split('/', 2)      # resolve/<revision>/<name>
+                size = os.path.getsize(file)
+                entries.append(dict(type='file', path=name, oid=etag(file), size=size))
+        self.reply_json(entries)
+
+    def send_file(self, repo, folder, rest, from_cdn):
+        """The answer to 'resolve/<revision>/<name>': the file, or where it is."""
+        _, revision, name = rest.split('/', 2)
         file, where = os.path.join(folder, name), f'{repo}/{name}'
         if revision not in ('main', COMMIT):
             return self.refuse(404, 'RevisionNotFound')
         if not os.path.isfile(file):
             return self.refuse(404, 'EntryNotFound', X_Repo_Commit=COMMIT)
-        etag, size = self.etag(file), os.path.getsize(file)
-        if not name.endswith(('.json', '.txt', '.yml')) and not path.startswith('/cdn'):
-            return self.reply(302, Location=f'{self.hub.url}/cdn{url.path}', X_Repo_Commit=COMMIT, X_Linked_Etag=f'"{etag}"', X_Linked_Size=size)
+        tag, size = f'"{etag(file)}"', os.path.getsize(file)
+        if not name.endswith(('.json', '.txt', '.yml')) and not from_cdn:
+            return self.reply(302, Location=f'{self.hub.url}/cdn{urlsplit(self.path).path}',
+                              X_Repo_Commit=COMMIT, X_Linked_Etag=tag, X_Linked_Size=size)
+        headers = dict(ETag=tag, X_Repo_Commit=COMMIT)
         if self.command == 'HEAD':
-            return self.reply(200, size=size, ETag=f'"{etag}"', X_Repo_Commit=COMMIT, Accept_Ranges='bytes')
+            return self.reply(200, size=size, Accept_Ranges='bytes', **headers)
         with open(file, 'rb') as f:
             data = f.read()
+        first, end = 0, size
         part = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', ''))
-        a, b = (int(part[1]), int(part[2] or size - 1) + 1) if part else (0, size)
-        self.hub.got[where] += a == 0
-        end = min(b, size // 2) if where in self.hub.cut else b
-        self.reply(206 if part else 200, data[a:end], None if end == b else b - a, ETag=f'"{etag}"', X_Repo_Commit=COMMIT,
-                   **(dict(Content_Range=f'bytes {a}-{b - 1}/{size}') if part else {}))
-
-    do_HEAD = do_GET
-
-    def etag(self, file):
-        with open(file, 'rb') as f:
-            return hashlib.sha256(f.read()).hexdigest()
+        if part:
+            first, end = int(part[1]), int(part[2] or size - 1) + 1
+            headers['Content_Range'] = f'bytes {first}-{end - 1}/{size}'
+        self.hub.got[where] += first == 0
+        sent = data[first:min(end, size // 2) if where in self.hub.cut else end]
+        promised = end - first if len(sent) < end - first else None
+        self.reply(206 if part else 200, sent, promised, **headers)

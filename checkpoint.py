@@ -1,0 +1,507 @@
+"""
+What lies on disk with weights in it: our own checkpoints, and those in the official code's layout.
+
+Ours, ckpt.pt and the one before it, ckpt_prev.pt, are written whole or not at all and hold all that
+a run needs to go on, in tensors and plain types. The official ones, checkpoint_<step> beside its
+config.yml, here or on the hub, have other names, two transposed matrices and settings to translate.
+"""
+import glob
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import tempfile
+import time
+import zipfile
+
+import torch
+
+from configurator import UserError, from_hub, one_line
+
+# --------------------------------------------------------------------------------------------------
+# ours: whole or not at all
+
+def make_out_dir(out_dir):
+    """Make the folder, and sure, before hours of work, that it can be written to. UserError."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()
+    except OSError as e:
+        raise UserError(f"out_dir={out_dir!r} cannot be written: {e.strerror}") from None
+
+
+def lock(out_dir):
+    """Let one run at a time write out_dir -> open file; the system unlocks it when the run ends."""
+    make_out_dir(out_dir)
+    f = open(os.path.join(out_dir, 'lock'), 'a')
+    try:
+        import fcntl
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        f.close()
+        raise UserError(f"another run is writing {out_dir}; "
+                        "stop it or choose another --out_dir") from None
+    except (ImportError, OSError):      # Windows; Lustre and NFS may come without
+        print(f"no file locks here: take care that only one run writes {out_dir}")
+    return f
+
+
+def save_checkpoint(out_dir, ckpt, keep_as=''):
+    """Write out_dir/ckpt.pt; the one before stays as ckpt_prev.pt; keep_as: a name for a copy."""
+    global saving
+    path, kept = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, keep_as)
+    saving = True       # see note_signals
+    try:
+        with open(path + '.tmp', 'wb') as f:
+            torch.save(ckpt, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if os.path.exists(path):
+            before = 'ckpt_prev.pt'
+            if damage(path):        # it must not replace the good one from which the run went on
+                before = 'damaged_ckpt.pt'
+                print(f"{path} is damaged ({damage(path)}); it is {before} now")
+            os.replace(path, os.path.join(out_dir, before))
+        os.replace(path + '.tmp', path)
+        if keep_as:
+            shutil.copyfile(path, kept + '.tmp')
+            os.replace(kept + '.tmp', kept)
+    except (OSError, RuntimeError) as e:        # a full disk is a RuntimeError inside torch.save
+        for aside in (path + '.tmp', kept + '.tmp'):
+            if os.path.exists(aside):
+                os.remove(aside)
+        raise UserError(f"could not write {path}: {str(e).splitlines()[0]}; "
+                        "what was there before is intact") from None
+    finally:
+        saving = False
+
+
+def newest_checkpoint(out_dir):
+    """The newest readable checkpoint that a run can go on from -> path, dict. UserError if none."""
+    for name in ('ckpt.pt', 'ckpt_prev.pt'):
+        path = os.path.join(out_dir, name)
+        if not os.path.exists(path):
+            continue
+        try:
+            ckpt = load_checkpoint(path)
+        except UserError as e:
+            print(f"SKIPPED: {e}")
+            continue
+        needed = {'model', 'ema', 'optimizer', 'config', 'model_args', 'iter_num'}
+        if not needed <= ckpt.keys():
+            raise UserError(f"{path} has weights only, no state to resume from; "
+                            f"start from them with --init_from={path}")
+        return path, ckpt
+    raise UserError(f"nothing to resume in {out_dir}: no readable ckpt.pt; "
+                    "start with --init_from=scratch")
+
+
+def damage(path):
+    """Read a zip of torch.save's against its checksums -> what is wrong with it, '' if nothing."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            for part in z.infolist():
+                # where one flipped bit says "folder" or "compressed", torch reads noise
+                if part.compress_type or part.external_attr or part.file_size != part.compress_size:
+                    return f"the entry of {part.filename}"
+            bad = z.testzip()
+            return f"the checksum of {bad}" if bad else ''
+    except Exception as e:      # a damaged file can raise nearly anything
+        return one_line(e)
+
+
+def load_checkpoint(path):
+    """The dict in a file, tensors and plain types only. UserError if damaged or if it has code."""
+    try:
+        if path.endswith('.safetensors'):
+            from safetensors.torch import load_file
+            return load_file(path)
+        if zipfile.is_zipfile(path) and damage(path):       # torch.load itself does not check
+            raise ValueError(f"{damage(path)} is damaged")
+        ckpt = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:      # unpickling a damaged file can raise nearly anything
+        reason = one_line(e).split('. ')[0]     # torch goes on to advise how to run it
+        if called := re.search(r'GLOBAL (\S+)', str(e)):
+            reason = f"it would run {called[1]}"
+        raise UserError(f"{path} is not a readable checkpoint "
+                        f"(only tensors and plain types are loaded): {reason}") from None
+    if not isinstance(ckpt, dict):
+        raise UserError(f"{path} holds a {type(ckpt).__name__}, not a dict of weights")
+    return ckpt
+
+# --------------------------------------------------------------------------------------------------
+# a run: where it starts, what it may change, how it ends
+
+# a resumed run may change what touches at most the order of sums, and max_iters on purpose
+MAY_CHANGE_ON_RESUME = (
+    'out_dir', 'init_from', 'overwrite', 'log_interval', 'eval_interval', 'eval_iters',
+    'save_interval', 'keep_interval', 'sample_interval', 'wandb_log', 'wandb_project', 'data_dir',
+    'verify_data', 'max_iters', 'max_minutes', 'max_bad_steps', 'max_epochs', 'device', 'compile',
+    'gradient_checkpointing', 'sampler', 'steps', 'gamma', 'w', 'cfg')
+
+
+def where_to_start(init_from, out_dir, overwrite, launch):
+    """Decide what init_from means here -> 'scratch', 'resume' or weights. UserError, not lost work."""
+    names = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt')]
+    there = [name for name in names if os.path.exists(name)]
+    if init_from == 'auto' or init_from.startswith('auto:'):
+        return 'resume' if there else init_from[5:] or 'scratch'
+    # torchrun --max-restarts begins again with the same command line: what it began goes on
+    settings = os.path.join(out_dir, 'settings.json')
+    if there and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.exists(settings):
+        with open(settings, encoding='utf-8') as f:
+            if json.load(f).get('launch') == launch:
+                return 'resume'
+    if there and init_from != 'resume' and not overwrite:
+        raise UserError(f"{there[0]} is there already; go on with --init_from=resume, "
+                        "choose another --out_dir, or --overwrite=true")
+    return init_from
+
+
+def fingerprint(meta):
+    """What of a dataset must be the same when a run goes on."""
+    keys = ('checksums', 'rows', 'vocab_size', 'latent_mean', 'latent_std')
+    return {k: meta.get(k) for k in keys}
+
+
+def check_resume(path, ckpt, config, meta, layout):
+    """
+    UserError if a run would go on with other mathematics or on other data than its checkpoint's
+    -> list of what else is not as it was, in words.
+    """
+    differs = []
+    for name, was in ckpt['config'].items():
+        if was == -1:       # of an older version: as in the row of MODELS
+            was = ckpt['model_args'].get(name, was)
+        if name in config and name not in MAY_CHANGE_ON_RESUME and config[name] != was:
+            differs.append(f"{name} was {was!r}, now {config[name]!r}")
+    if differs:
+        raise UserError(f"{path} was trained with other settings: {'; '.join(differs)}; "
+                        "drop the override or choose another --out_dir")
+    now = fingerprint(meta)
+    if changed := [k for k, was in ckpt.get('data', now).items() if now[k] != was]:
+        raise UserError(f"{path} was trained on other bins than {meta['dir']} holds now "
+                        f"({', '.join(changed)} differ); prepare them as they were, or start anew")
+    was = ckpt.get('layout', layout)
+    changed = [f"{k} was {was[k]}, now {v}" for k, v in layout.items() if was.get(k, v) != v]
+    why = "same rows and draws, but sums in another order, so not bit for bit"
+    return [f"{'; '.join(changed)}: {why}"] if changed else []
+
+
+def begin_run(out_dir, resumed, record):
+    """
+    From here on files are written: lock out_dir, move the checkpoints of a run that is not resumed
+    aside, write settings.json -> the lock, metrics.jsonl to append to.
+    """
+    locked = lock(out_dir)
+    for name in ('ckpt.pt', 'ckpt_prev.pt', 'metrics.jsonl'):
+        path = os.path.join(out_dir, name)
+        if not resumed and os.path.exists(path):
+            os.replace(path, os.path.join(out_dir, 'old_' + name))
+    with open(os.path.join(out_dir, 'settings.json'), 'w', encoding='utf-8') as f:
+        json.dump(record, f, indent=1)
+    metrics = open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8', buffering=1)
+    metrics.write('\n' if resumed else '')      # ends a line that a kill may have cut
+    return locked, metrics
+
+
+signals = []        # the numbers of those that came
+last_signal = 0.0
+saving = False
+
+
+def note_signals():
+    """SIGTERM and Ctrl-C ask to stop. A Ctrl-C some seconds later interrupts, but never a save."""
+    def note(number, frame):
+        global last_signal
+        # torchrun and the terminal, or a scheduler, may both send the first one
+        again = signals and time.time() - last_signal > 3
+        signals.append(number)
+        last_signal = time.time()
+        if number == signal.SIGINT and again and not saving:
+            raise KeyboardInterrupt
+    signals.clear()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+
+# --------------------------------------------------------------------------------------------------
+# where: a file, a folder, the hub
+
+# names of checkpoints, first choice first; not old_ckpt.pt, of a run that was overwritten
+KINDS = (r'checkpoint_\d+', r'ckpt\.pt', r'ckpt_prev\.pt', r'.*\.safetensors',
+         r'last\.ckpt', r'.*step=?\d+.*\.ckpt', r'.*\.ckpt')
+
+
+def step_in(name):
+    """The number of steps that a file's name tells, 0 if it tells none."""
+    found = re.search(r'(?:checkpoint_|step=?)(\d+)', os.path.basename(name))
+    return int(found[1]) if found else 0
+
+
+def choose(names, where):
+    """The first choice among names of files; of several steps the largest. UserError if none is."""
+    for kind in KINDS:
+        found = [name for name in sorted(names) if re.fullmatch(kind, os.path.basename(name))]
+        if found:
+            return max(found, key=step_in)
+    raise UserError(f"no checkpoint in {where}: expected checkpoint_<step>, ckpt.pt, "
+                    "a .safetensors or a .ckpt file")
+
+
+def find_checkpoint(source):
+    """
+    A file, a folder or a hub id (org/repo, org/repo/path/inside) -> path of the weights here: a
+    file, or an Orbax folder. What is named exactly is taken, whatever it is called; in a folder or
+    repository, see KINDS. Paths here come before hub ids. UserError if there is nothing.
+    """
+    if os.path.isfile(source) or is_orbax(source):
+        return source
+    if os.path.isdir(source):
+        paths = [os.path.join(source, name) for name in os.listdir(source)]
+        return choose([p for p in paths if os.path.isfile(p) or is_orbax(p)], source)
+    parts = source.split('/')
+    if len(parts) < 2 or not all(parts) or source[0] in './~':
+        raise UserError(f"{source!r} is no file or folder here, and no hub id (org/repo); "
+                        "nothing to load")
+    from huggingface_hub import HfApi, snapshot_download
+    repo, inside = '/'.join(parts[:2]), '/'.join(parts[2:])
+    try:
+        with from_hub('no checkpoint', source):
+            names = HfApi().list_repo_files(repo)
+    except UserError as refused:        # no network: what the cache has of it, if anything
+        try:        # [] asks for no file, only for the folder
+            folder = snapshot_download(repo, allow_patterns=[], local_files_only=True)
+            names = glob.glob('**', root_dir=folder, recursive=True)
+            names = [n for n in names if os.path.isfile(os.path.join(folder, n))]
+            return os.path.join(folder, choose_inside(names, inside, source))
+        except (OSError, ValueError):
+            raise refused from None
+    name = choose_inside(names, inside, source)
+    beside = os.path.join(os.path.dirname(name), 'config.yml')
+    with from_hub('no checkpoint', source):
+        wanted = [glob.escape(name), f'{glob.escape(name)}/*', glob.escape(beside)]
+        return os.path.join(snapshot_download(repo, allow_patterns=wanted), name)
+
+
+def choose_inside(names, inside, source):
+    """As choose(), among what a hub repository holds inside a path, '' for all of it."""
+    names = {name.removesuffix('/_METADATA') for name in names}     # an Orbax folder is one name
+    if inside in names:
+        return inside
+    return choose([n for n in names if not inside or n.startswith(f'{inside}/')], source)
+
+
+def is_orbax(folder):
+    return os.path.isfile(os.path.join(folder, '_METADATA'))
+
+
+def is_jax(path):
+    """Whether it is an Orbax folder, or flax's msgpack: a small map whose first key is text."""
+    if os.path.isdir(path):
+        return True
+    with open(path, 'rb') as f:
+        start = f.read(2)
+    return len(start) == 2 and 0x81 <= start[0] <= 0x8f and 0xa1 <= start[1] <= 0xbf
+
+# --------------------------------------------------------------------------------------------------
+# the official layout: weights
+
+# they keep two layers as (in, out); ours are Linear, so that Muon sees every matrix as (out, in)
+OFFICIAL_WEIGHTS = {'proj.weight': 'proj_kernel', 'proj.bias': 'proj_bias',
+                    'unembed.weight': 'unembed_kernel', 'unembed.bias': 'unembed_bias'}
+
+
+def to_official_names(state):
+    """Weights under our names -> copies under the official names and in their layouts."""
+    official = {}
+    for name, x in state.items():
+        is_kernel = name in OFFICIAL_WEIGHTS and x.ndim == 2
+        x = x.detach().clone()
+        official[OFFICIAL_WEIGHTS.get(name, name)] = (x.T if is_kernel else x).contiguous()
+    return official
+
+
+def from_official_names(state):
+    """The tensors of a state dict, ours or theirs, wrapped or not -> our names and layouts."""
+    ours = {official: name for name, official in OFFICIAL_WEIGHTS.items()}
+    renamed = {}
+    for name, x in state.items():
+        name = re.sub(r'^(_orig_mod\.|module\.)+', '', str(name))       # torch.compile, DDP
+        if isinstance(x, torch.Tensor):
+            renamed[ours.get(name, name)] = x.T if name in ours and x.ndim == 2 else x
+    return renamed
+
+
+def load_weights(source, known=None):
+    """
+    What find_checkpoint finds -> settings for an ELFConfig, weights under our names, float32, the
+    EMA if there is one. Sizes are read off the weights; the other settings are our model_args, else
+    those of the official config.yml beside the file, else the published OpenWebText ones, said so.
+    known: the names of settings that the caller has. UserError for others, and for what is no ELF.
+    """
+    path = find_checkpoint(source)
+    convert_first = f"convert it first: python convert.py {source} FOLDER"
+    if is_jax(path):
+        raise UserError(f"{path} is a JAX checkpoint; {convert_first}")
+    ckpt = load_checkpoint(path)
+    if 'state_dict' in ckpt:
+        raise UserError(f"{path} is a Lightning checkpoint; {convert_first}")
+    places = ('ema', 'ema_params1', 'params', 'model')
+    state = next((ckpt[k] for k in places if isinstance(ckpt.get(k), dict)), ckpt)
+    state = {name: x.float() for name, x in from_official_names(state).items()}
+    sizes = read_sizes(state, path)
+    settings = ckpt.get('model_args') or read_config_yml(path, sizes)
+    if known is not None:
+        check_known(settings, known, path)
+    return settings | sizes, state
+
+
+def check_known(settings, known, path):
+    """UserError if there are settings that the caller does not have."""
+    if unknown := sorted(settings.keys() - known):
+        raise UserError(f"{path} has settings that this code does not know: {', '.join(unknown)}; "
+                        "was it written by a later version?")
+
+
+def read_sizes(state, path):
+    """The sizes of the ELF that these weights are of, under our names -> dict. UserError."""
+    try:
+        D, head = state['t_emb_tokens'].shape[-1], state['blocks.0.attn.q_norm.weight'].numel()
+        layers = {int(name.split('.')[1]) for name in state if name.startswith('blocks.')}
+        return dict(
+            n_layer=max(layers) + 1,
+            n_embd=D,
+            n_head=D // head if D % head == 0 else 1,       # 1: check_fit will name q_norm
+            vocab_size=len(state['unembed.bias']),
+            latent_dim=len(state['self_cond_proj.bias']),
+            bottleneck=len(state['text_proj.proj1.weight']),
+            n_time=state['t_emb_tokens'].shape[1],
+            n_scale=state['self_cond_cfg_tokens'].shape[1],
+            n_mode=state['mode_tokens'].shape[1])
+    except (LookupError, ValueError, TypeError, ZeroDivisionError) as e:
+        raise UserError(f"{path} holds no ELF weights: {one_line(e)} while reading the sizes off "
+                        f"them; it has {', '.join(list(state)[:5])}, ...") from None
+
+
+def check_fit(want, state, path):
+    """Compare weights with a model's state dict: UserError with all that is missing or wrong."""
+    wrong = [f"missing {name}" for name in want.keys() - state.keys()]
+    wrong += [f"left over {name}" for name in state.keys() - want.keys()]
+    for name in want.keys() & state.keys():
+        is_, expected = tuple(state[name].shape), tuple(want[name].shape)
+        if is_ != expected:
+            wrong.append(f"{name} is {is_}, expected {expected}")
+    if wrong:
+        raise UserError(f"{path} does not fit an ELF of its sizes: {'; '.join(sorted(wrong))}")
+
+# --------------------------------------------------------------------------------------------------
+# the official layout: config.yml, which holds only what its run overrode [configs/config.py]
+
+# their setting: ours, and the default of their class, which is not that of the published runs
+OFFICIAL_SETTINGS = dict(
+    denoiser_p_mean=('t_mean', 0.8), denoiser_p_std=('t_std', 0.8), t_eps=('t_eps', 0.05),
+    denoiser_noise_scale=('noise_scale', 1.0), self_cond_prob=('self_cond_prob', 0.5),
+    self_cond_cfg_min=('w_min', 0.5), self_cond_cfg_max=('w_max', 5.0),
+    decoder_prob=('decoder_prob', 0.5), decoder_p_mean=('decoder_mean', 0.8),
+    decoder_p_std=('decoder_std', 0.8), decoder_noise_scale=('decoder_noise_scale', 1.0),
+    encoder_model_name=('encoder', 't5-small'), tokenizer_name=('tokenizer', ''),
+    latent_mean=('latent_mean', 0.0), latent_std=('latent_std', 1.0),
+    max_length=('max_length', 128), max_input_length=('max_input_length', 0),
+    pad_token=('pad_token', 'pad'), label_drop_prob=('drop_cond_prob', 0.0),
+    gelu=('gelu', 'tanh'))      # not theirs: convert.py writes it for the Lightning reproduction
+
+SAMPLING_DEFAULTS = dict(sampling_method='ode', num_sampling_steps=[50], cfgs=[1], sde_gamma=0.0,
+                         self_cond_cfg_scales=[1.0])
+
+
+def sde(steps, gamma, w):
+    """An entry of theirs: the sampler at these numbers of steps."""
+    return dict(sampling_method='sde', num_sampling_steps=steps, sde_gamma=gamma,
+                self_cond_cfg_scales=[w])
+
+
+# their files of samplers [configs/sampling_configs]; 8 and 16 steps are from the paper
+UNCONDITIONAL, CONDITIONAL, FEW_STEP = (
+    f'{kind}_sampling_configs.yml' for kind in ('uncond', 'cond', 'uncond_fewstep'))
+PUBLISHED_SAMPLING = {
+    UNCONDITIONAL: [sde([32], 1.5, 3.0), sde([64], 1.0, 3.0), sde([8, 16], 2.0, 3.0)],
+    CONDITIONAL: [dict(sampling_method='ode', num_sampling_steps=[64], cfgs=[2])],
+    FEW_STEP: [sde([8, 4, 2, 1], 1.5, 2.5), sde([16, 32], 2.0, 2.0)]}
+PUBLISHED_SIZES = {(12, 768): 'ELF-B', (24, 1056): 'ELF-M', (32, 1280): 'ELF-L'}    # layers, width
+
+
+def read_config_yml(path, sizes):
+    """The official config.yml beside a checkpoint -> settings for an ELFConfig, without sizes."""
+    file = os.path.join(os.path.dirname(path), 'config.yml')
+    layers, width = sizes['n_layer'], sizes['n_embd']
+    size = PUBLISHED_SIZES.get((layers, width))
+    if not os.path.exists(file):
+        print(f"no config.yml beside {path}: taking the published OpenWebText settings")
+        return read_sampling(dict(sampling_configs_path=UNCONDITIONAL), size)
+    import yaml
+    try:
+        with open(file, encoding='utf-8') as f:
+            official = yaml.safe_load(f) or {}
+        official = {k: v for k, v in official.items() if v is not None}
+        settings = {}
+        for key, (name, default) in OFFICIAL_SETTINGS.items():
+            settings[name] = to_type(key, official.get(key, default), default)
+        settings |= read_sampling(official, size)
+    except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as e:
+        raise UserError(f"{file} is not readable as the official settings: {one_line(e)}") from None
+    settings['tokenizer'] = settings['tokenizer'] or settings['encoder']
+    if official.get('model', size) != size:
+        print(f"{file} says {official['model']}, the weights have n_layer={layers}, "
+              f"n_embd={width}; going by the weights")
+    return settings
+
+
+def to_type(key, value, default):
+    """The value as the type of default, if that keeps it: PyYAML reads 5e-2 as text. ValueError."""
+    kind = type(default)
+    if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
+        raise ValueError(f"{key}: {value!r} is not of type {kind.__name__}")
+    number = 0.0 if kind is str else float(value)
+    if not math.isfinite(number) or (kind is int and number % 1):
+        raise ValueError(f"{key}: {value!r} is not of type {kind.__name__}")
+    return value if kind is str else kind(number)
+
+
+def read_sampling(official, size):
+    """
+    The samplers in a config.yml -> sampler, steps, gamma, w, cfg; by_steps: what differs from them
+    at other numbers of steps. Their entries hold lists of values to try; the first one counts.
+    """
+    entries = list(official.get('sampling_configs', []))
+    named = os.path.basename(str(official.get('sampling_configs_path', '')))
+    if 'teacher_path' in official or 'pd_step_size' in official:        # progressive distillation
+        named = FEW_STEP
+    elif official.get('max_input_length') and not entries and not named:
+        named = CONDITIONAL
+    entries += PUBLISHED_SAMPLING.get(named, [])
+    samplers = {}
+    for entry in entries or [{}]:
+        entry = SAMPLING_DEFAULTS | entry
+        if entry['sampling_method'] not in ('ode', 'sde'):
+            raise ValueError(f"sampling_method: {entry['sampling_method']!r} is not ode or sde")
+        sampler = dict(sampler=entry['sampling_method'],
+                       gamma=to_type('sde_gamma', entry['sde_gamma'], 0.0),
+                       w=to_type('self_cond_cfg_scales', entry['self_cond_cfg_scales'][0], 0.0),
+                       cfg=to_type('cfgs', entry['cfgs'][0], 0.0))
+        for steps in entry['num_sampling_steps']:
+            samplers.setdefault(to_type('num_sampling_steps', steps, 0), sampler)
+    steps = list(samplers)[0]
+    if named == UNCONDITIONAL and size in ('ELF-M', 'ELF-L'):
+        steps = 64
+    elif named == FEW_STEP:
+        steps = 8
+    settings = dict(samplers.pop(steps), steps=steps, by_steps={})
+    for name in ('sampler', 'steps', 'gamma', 'w', 'cfg'):      # our exports had these once
+        settings[name] = to_type(name, official.get(name, settings[name]), settings[name])
+    for steps, sampler in samplers.items():
+        differs = {name: x for name, x in sampler.items() if x != settings[name]}
+        if differs:
+            settings['by_steps'][steps] = differs
+    return settings

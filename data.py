@@ -1,0 +1,333 @@
+"""
+What lies on disk for training: memory-mapped bins in and out, the order of rows, text files, the
+tokenizer.
+
+A set is a folder, data/<name>/: train.bin, val.bin              token ids, uint16 or uint32, rows
+    end to end train.idx.npy, val.idx.npy      int64 (rows, 2): where a row starts, and where its
+    target starts meta.json                       types, sizes, tokenizer, encoder, scale of the
+    latents, checksums A row is condition then target, each with its EOS; unconditional rows have
+    an empty condition.
+"""
+import contextlib
+import hashlib
+import json
+import math
+import os
+from functools import lru_cache
+from itertools import islice
+
+import numpy as np
+import torch
+
+from configurator import UserError, from_hub, one_line
+
+# -------------------------------------------------------------------------------------------------
+# bins
+
+FILES = ('train.bin', 'val.bin', 'train.idx.npy', 'val.idx.npy')
+
+
+def open_bins(data_dir, dataset, verify=False):
+    """
+    meta.json of a prepared set -> dict, with its folder as 'dir', tokenizer and encoder as names
+    to load. Sizes are checked against it; with verify offsets and checksums too. UserError if
+    anything does not fit.
+    """
+    folder = os.path.join(data_dir, dataset)
+    finish_swap(data_dir, dataset)
+    for name in ('meta.json', *FILES):
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise UserError(f"{os.path.join(folder, name)} not found; run: python prepare.py "
+                            f"--dataset={dataset}, or the command at the top of its config file")
+    try:
+        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
+            meta = json.load(f)
+        meta['dir'] = folder
+        for part in ('tokenizer', 'encoder'):       # trained or seeded ones lie beside the bins
+            if os.path.isdir(os.path.join(folder, meta[part])):
+                meta[part] = os.path.join(folder, meta[part])
+        check_meta(meta)
+        for split in ('train', 'val'):
+            check_split(meta, split, verify)
+    except UserError:
+        raise
+    except Exception as e:      # a damaged file can raise nearly anything
+        raise UserError(f"{folder} is damaged ({one_line(e)}); prepare the dataset again") from None
+    return meta
+
+
+def finish_swap(data_dir, name):
+    """Put a set back that prepare.py had moved aside when it was killed between its two renames."""
+    folder, old = os.path.join(data_dir, name), os.path.join(data_dir, f'.{name}.old')
+    if os.path.isdir(old) and not os.path.exists(folder):
+        with contextlib.suppress(FileNotFoundError):        # another rank was faster
+            os.replace(old, folder)
+
+
+def check_meta(meta):
+    if meta['dtype'] not in ('uint16', 'uint32'):
+        raise ValueError(f"dtype {meta['dtype']!r}")
+    for key in ('pad_id', 'eos_id'):
+        if not 0 <= meta[key] < meta['vocab_size']:
+            raise ValueError(f"{key} {meta[key]} is not in the vocabulary of {meta['vocab_size']}")
+    if meta['latent_dim'] < 1 or meta['max_length'] < 1:
+        raise ValueError("latent_dim and max_length start at 1")
+    if not 0 < meta['latent_std'] < math.inf or not math.isfinite(meta['latent_mean']):
+        raise ValueError(f"latents of mean {meta['latent_mean']} and std {meta['latent_std']}")
+
+
+def check_split(meta, split, verify):
+    """
+    The files of a split have the sizes that meta.json speaks of; with verify, what is in them
+    too.
+    """
+    ids, index = open_split(meta, split)
+    rows, tokens = meta['rows'][split], meta['tokens'][split]
+    file = os.path.join(meta['dir'], f'{split}.bin')
+    size = os.path.getsize(file)
+    if size != tokens * ids.itemsize:
+        raise UserError(f"{file} has {size} bytes, meta.json speaks of {tokens} {meta['dtype']} "
+                        "tokens; prepare it again")
+    if index.shape != (rows, 2) or index.dtype != np.int64 or not len(index):
+        raise UserError(f"{meta['dir']}/{split}.idx.npy holds {index.shape} {index.dtype}, "
+                        f"meta.json speaks of {rows} rows; prepare it again")
+    if not verify:
+        return
+    offsets = np.append(index.reshape(-1), tokens)
+    if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any():
+        raise UserError(f"{meta['dir']}/{split}.idx.npy has offsets that do not rise from 0 to "
+                        f"{tokens}; prepare it again")
+    for name in (f'{split}.bin', f'{split}.idx.npy'):
+        if sha256(os.path.join(meta['dir'], name)) != meta['checksums'][name]:
+            raise UserError(f"{meta['dir']}/{name} is not what prepare.py wrote (checksum); "
+                            "prepare it again")
+
+
+def check_bins(meta, config):
+    """UserError if a run with these settings cannot train on these bins."""
+    length, input_length = config['max_length'], config['max_input_length']
+    for part in ('encoder', 'tokenizer'):
+        if config[part] not in ('', meta[part]):
+            raise UserError(f"{meta['dir']} was made with {part} {meta[part]}, this run asks for "
+                            f"{config[part]}; prepare it again or drop --{part}")
+    if meta.get('conditional') and not input_length:
+        raise UserError(f"{meta['dir']} has conditions, max_input_length is 0; "
+                        "give the number of condition tokens to keep")
+    if input_length and not meta.get('conditional'):
+        raise UserError(f"{meta['dir']} has no conditions, max_input_length is {input_length}; "
+                        "set it to 0")
+    if meta['max_length'] > length and not input_length:
+        raise UserError(f"{meta['dir']} has rows of {meta['max_length']} tokens, max_length is "
+                        f"{length}; raise it or prepare shorter rows")
+    if input_length >= length:
+        raise UserError(f"max_input_length={input_length} leaves no room for a target in rows of "
+                        f"max_length={length}; lower it")
+
+
+def check_vocabulary(meta, c, source):
+    """UserError if a model with the settings c, from source, is not one for these bins."""
+    for k in ('vocab_size', 'latent_dim'):
+        if getattr(c, k) != meta[k]:
+            raise UserError(f"{source} does not fit the data: {k} is {getattr(c, k)} there, "
+                            f"{meta[k]} in {meta['dir']}; name the dataset it was trained on")
+
+
+def open_split(meta, split):
+    """-> ids (tokens,), index (rows, 2), both memory-mapped."""
+    # mapped anew each time: a map kept open would count every page ever read as resident memory
+    ids = np.memmap(os.path.join(meta['dir'], f'{split}.bin'), dtype=meta['dtype'], mode='r')
+    return ids, np.load(os.path.join(meta['dir'], f'{split}.idx.npy'), mmap_mode='r')
+
+
+def read_row(ids, index, r):
+    """Row r of a split -> ids of its condition (perhaps none), ids of its target."""
+    start, target = index[r]
+    end = index[r + 1, 0] if r + 1 < len(index) else len(ids)
+    if not 0 <= start <= target <= end <= len(ids):
+        raise UserError(f"row {r} of {ids.filename} has offsets {start}, {target}, {end}; "
+                        "prepare the dataset again")
+    return ids[start:target], ids[target:end]
+
+
+def get_rows(meta, split, rows, c):
+    """
+    Rows of a split by number -> ids (B, T) int64, valid (B, T) no padding, cond (B, T) the
+    condition. The condition is cut to c.max_input_length, the row to c.max_length and padded to
+    it (c.pad_token).
+    """
+    data, index = open_split(meta, split)
+    padding = meta['eos_id'] if c.pad_token == 'eos' else meta['pad_id']
+    ids = np.full((len(rows), c.max_length), padding, dtype=np.int64)
+    lengths, cond_lengths = np.zeros((2, len(rows), 1), dtype=np.int64)
+    for i, r in enumerate(rows):
+        cond, target = read_row(data, index, r)
+        row = np.concatenate((cond[:c.max_input_length], target))[:c.max_length]
+        ids[i, :len(row)] = row
+        lengths[i], cond_lengths[i] = len(row), min(len(cond), c.max_input_length)
+    if ids.max() >= meta['vocab_size']:
+        raise UserError(f"{meta['dir']}/{split}.bin has token id {ids.max()}, the vocabulary ends "
+                        f"at {meta['vocab_size'] - 1}; prepare it again")
+    position = np.arange(c.max_length)
+    return tuple(map(torch.from_numpy, (ids, position < lengths, position < cond_lengths)))
+
+
+def write_split(folder, split, rows, dtype, vocab_size):
+    """
+    Stream (condition ids, target ids) to folder/<split>.bin and .idx.npy -> rows, tokens, longest
+    row. UserError for ids outside the vocabulary.
+    """
+    n = tokens = longest = 0
+
+    def write_header(f):
+        header = dict(descr='<i8', fortran_order=False, shape=(n, 2))
+        np.lib.format.write_array_header_1_0(f, header)
+
+    with open(os.path.join(folder, f'{split}.bin'), 'wb') as f, \
+            open(os.path.join(folder, f'{split}.idx.npy'), 'wb') as g:
+        write_header(g)
+        for batch in batched(rows, 1000):
+            ids = np.concatenate([part for row in batch for part in row]).astype(np.int64)
+            cond = np.array([len(row[0]) for row in batch])
+            length = cond + [len(row[1]) for row in batch]
+            ends = np.cumsum(length)
+            outside = np.nonzero((ids < 0) | (ids >= vocab_size))[0]
+            if len(outside):
+                row = n + np.searchsorted(ends, outside[0], side='right')
+                raise UserError(f"row {row} of {split} has token id {ids[outside[0]]}, the "
+                                f"vocabulary has {vocab_size}; is it this tokenizer's?")
+            f.write(ids.astype(dtype).tobytes())
+            starts = tokens + ends - length
+            g.write(np.stack((starts, starts + cond), axis=1).astype('<i8').tobytes())
+            n, tokens = n + len(batch), tokens + len(ids)
+            longest = max(longest, int(length.max()))
+        g.seek(0)
+        write_header(g)     # with the count now known; numpy leaves room for its digits
+    return n, tokens, longest
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while part := f.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def batched(items, n):
+    """Lists of n items, the last one of what is left."""
+    items = iter(items)
+    while batch := list(islice(items, n)):
+        yield batch
+
+# -------------------------------------------------------------------------------------------------
+# order: where a run stands is one number, and all that is random in a row or a text follows from
+# its own
+
+@lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def rows_at(n, seed, first, count):
+    """Numbers first ... first+count-1 of an endless stream of shuffled epochs of n rows."""
+    return np.array([epoch_order(n, seed, i // n)[i % n] for i in range(first, first + count)])
+
+
+def row_seed(seed, i):
+    """
+    The seed of text i, or micro-batch i, of a run: well mixed, so that neighbours share nothing.
+    """
+    return int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] >> 1)
+
+# -------------------------------------------------------------------------------------------------
+# text
+
+def load_tokenizer(name, vocab_size=None):
+    """
+    A tokenizer from a hub id or folder. UserError if it is gone, or has more ids than vocab_size.
+    """
+    from transformers import AutoTokenizer
+    with from_hub("no tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if vocab_size and len(tokenizer) > vocab_size:
+        raise UserError(f"tokenizer {name!r} has {len(tokenizer)} ids, the model's vocabulary "
+                        f"{vocab_size}; it is not the one that the model was trained with")
+    return tokenizer
+
+
+def cut_at_eos(ids, eos):
+    """A list of ids up to its first EOS, which goes too."""
+    return ids[:ids.index(eos)] if eos in ids else ids
+
+
+def printable(text):
+    """For the terminal: one line, without control characters, which could move the cursor."""
+    shown = ''
+    for ch in text:
+        shown += ch if ch.isprintable() else ' ' if ch.isspace() else f"\\x{ord(ch):02x}"
+    return shown
+
+
+def read_lines(file):
+    """Lines of a UTF-8 file. UserError names file and line."""
+    n = 0
+    try:
+        with open(file, 'rb') as f:
+            for n, line in enumerate(f, 1):
+                encoding = 'utf-8-sig' if n == 1 else 'utf-8'
+                yield line.decode(encoding).replace('\r\n', '\n')
+    except OSError as e:
+        raise UserError(f"cannot read {file}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{file}, line {n}: byte {e.object[e.start]:#04x} is not UTF-8; "
+                        "save the file as UTF-8") from None
+
+
+def read_jsonl(file):
+    """
+    The objects of a JSONL file -> (file and line for messages, dict). UserError names the line.
+    """
+    for n, line in enumerate(read_lines(file), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"a {type(row).__name__}")
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{file}, line {n} is no JSON object ({e}): {line[:60]!r}") from None
+        yield f"{file}, line {n}", row
+
+
+def read_inputs(file):
+    """
+    The lines of a JSONL with a condition -> list of dicts with 'input'. UserError names the line.
+    """
+    rows = []
+    for where, row in read_jsonl(file):
+        row['input'] = row.get('input', row.get('source'))
+        if not isinstance(row['input'], str):
+            raise UserError(f"{where} needs a text under 'input' (or 'source')")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{file} has no lines")
+    return rows
+
+
+def to_json(x):
+    """A dict -> one line of JSON, which has no nan: null."""
+    def plain(x):
+        if isinstance(x, dict):
+            return {k: plain(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [plain(v) for v in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    return json.dumps(plain(x), ensure_ascii=False)
+
+
+def write_jsonl(file, rows):
+    """Dicts as JSON lines, without their 'ids'; the file is there whole or not at all."""
+    with open(file + '.tmp', 'w', encoding='utf-8') as f:
+        for row in rows:
+            f.write(to_json({k: v for k, v in row.items() if k != 'ids'}) + '\n')
+    os.replace(file + '.tmp', file)

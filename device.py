@@ -1,0 +1,172 @@
+"""
+Where it runs and how fast: device, precision, torch.compile, packed products on a CPU, ranks.
+"""
+import os
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+
+# dense bfloat16 peak of a GPU in FLOP/s, for the fraction of it that a run reaches
+PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
+              '4090': 165e12, '3090': 71e12}
+
+
+def pick_device(device, dtype):
+    """
+    Names or 'auto' -> torch.device, whether to compute in bfloat16, the hardware's name. 'auto'
+    takes the first of cuda, mps, cpu that is there, bfloat16 where it is fast. UserError if it is
+    not there.
+    """
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    available = [kind for kind, is_there in there.items() if is_there]
+    kind = available[0] if device == 'auto' else device.partition(':')[0]
+    if kind not in available:
+        raise UserError(f"device={device!r} is not available here; this machine has "
+                        + ', '.join(available))
+    if dtype not in ('auto', 'float32', 'bfloat16'):
+        raise UserError(f"dtype={dtype!r} is not one of 'auto', 'float32', 'bfloat16'")
+    try:
+        device = torch.device(kind if device == 'auto' else device)
+        name = torch.cuda.get_device_name(device) if kind == 'cuda' else 'Apple GPU'
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device={device!r} is not a device here: 'auto', 'cpu', 'mps', 'cuda', "
+                        "or one of several, such as 'cuda:1'") from None
+    if kind == 'cuda':
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == 'cpu':
+        fast = torch.cpu._is_avx512_bf16_supported()
+        name = f'CPU, {torch.get_num_threads()} threads'
+    else:
+        fast = False
+    bf16 = fast if dtype == 'auto' else dtype == 'bfloat16'
+    if kind == 'cuda':      # TF32, finer than bfloat16, for what autocast leaves in float32
+        torch.set_float32_matmul_precision('high' if bf16 else 'highest')
+    return device, bf16, name
+
+
+def autocast(device, bf16):
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def describe(device, bf16, name, dtype):
+    """What pick_device decided, and why, for the log."""
+    why = 'as asked' if dtype != 'auto' else 'fast here' if bf16 else 'no fast bfloat16 here'
+    return f"{device} ({name}), {'bfloat16 autocast' if bf16 else 'float32'} ({why})"
+
+
+def compile_in_place(module, device):
+    """
+    module.compile() if this machine has a working compiler -> whether it does; says so if not.
+    """
+    try:
+        torch.compile(lambda x: (x + 1).sin())(torch.ones(8, device=device))
+    except Exception as e:
+        reason = str(e).strip().splitlines()[0][:120]
+        print(f"compile: OFF, torch.compile does not work here ({reason}); "
+              "steps will take about twice as long")
+        return False
+    # each count of rows, with and without gradient, is a graph of its own; with symbols Inductor
+    # can fail
+    torch._dynamo.config.recompile_limit = 64
+    module.compile(dynamic=False)
+    return True
+
+
+def pack_linears(model, bf16):
+    """
+    For sampling on an x86 CPU: products by oneDNN from weights in its own layout, in the types that
+    autocast would pick, but faster. Where oneDNN is missing nothing changes.
+    """
+    if model.mode_tokens.device.type != 'cpu' or not torch.backends.mkl.is_available() \
+            or not torch.backends.mkldnn.is_available():
+        return
+    if bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+
+    def product(x, weight, bias, dtype):
+        return torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, 'none', [], '')
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            # ELF.forward keeps its ends in float32
+            dtype = torch.bfloat16 if bf16 and name.startswith('blocks.') else torch.float32
+            weight = module.weight.detach().to(dtype)
+            bias = None if module.bias is None else module.bias.detach().to(dtype)
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            module.forward = partial(product, weight=packed, bias=bias, dtype=dtype)
+
+# -------------------------------------------------------------------------------------------------
+# ranks: the processes of a torchrun, one a GPU
+
+def rank_and_world():
+    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+
+
+def own_device(device):
+    """'cuda:<local rank>' for one of several ranks on GPUs, else the device as it is."""
+    if rank_and_world()[1] == 1 or device not in ('auto', 'cuda') or not torch.cuda.is_available():
+        return device
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    torch.cuda.set_device(device)
+    return device
+
+
+def print0(*args, **kwargs):
+    if rank_and_world()[0] == 0:
+        print(*args, **kwargs)
+
+
+def join_ranks(device):
+    """
+    Set up torch.distributed under torchrun -> a gloo group for what must not wait for the GPU, or
+    None.
+    """
+    if 'RANK' not in os.environ:
+        return None
+    rank, world = rank_and_world()
+    # torchrun keeps its store over restarts on a node: without a prefix of their own, new ranks
+    # would find the addresses of dead ones
+    store, _, _ = next(dist.rendezvous('env://'))
+    if os.environ.get('LOCAL_WORLD_SIZE') == str(world):
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        store = dist.PrefixStore('attempt ' + attempt, store)
+    patience = timedelta(hours=2)       # one rank may download a model while the others wait
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store,
+                            rank=rank, world_size=world, timeout=patience)
+    return dist.new_group(backend='gloo', timeout=patience)
+
+
+def gather(x, group):
+    """
+    Every rank's x, any plain object, in order of the ranks -> list; [x] where there is one rank.
+    """
+    if group is None:
+        return [x]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, x, group=group)
+    return everyone
+
+
+def largest(number, group):
+    """The largest of every rank's whole number."""
+    if group is None:
+        return number
+    number = torch.tensor(number)
+    dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
+    return number.item()
+
+
+def mean_over_ranks(losses, group):
+    """
+    {name: list of scalars on the device} of each rank -> {name: mean over all of them}; it waits.
+    """
+    mine = {name: torch.stack(values).tolist() for name, values in losses.items()}
+    everyone = {}
+    for part in gather(mine, group):
+        for name, values in part.items():
+            everyone.setdefault(name, []).extend(values)
+    return {name: sum(values) / len(values) for name, values in everyone.items()}
