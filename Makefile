@@ -1,9 +1,10 @@
-# The two commands: make demo (text out of noise, on a CPU, in minutes) and make test. The plain lines behind both are in README.md.
+# The two commands: make demo (text out of noise, on a CPU, in minutes) and make test. What they run
+# stands in README.md, too.
 PYTHON ?= python3
 DEMO ?=
 DEMO_SAMPLES ?= 200
 
-.PHONY: demo test stress
+.PHONY: demo test lint stress
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -14,15 +15,21 @@ demo: .venv/ready
 	.venv/bin/python prepare.py
 	.venv/bin/python train.py config/demo.py $(DEMO)
 	.venv/bin/python sample.py --out_dir=out/demo --num_samples=8 --trace=8 --dtype=float32
-	.venv/bin/python eval.py --out_dir=out/demo --dataset=pydocs --judge=ngram --num_samples=$(DEMO_SAMPLES) --batch_size=50 --eval_iters=5 --dtype=float32
+	.venv/bin/python eval.py --out_dir=out/demo --dataset=pydocs --judge=ngram \
+		--num_samples=$(DEMO_SAMPLES) --batch_size=50 --eval_iters=5 --dtype=float32
 	@echo
-	@echo "the model is in out/demo/ckpt.pt, its losses in out/demo/loss.png and metrics.jsonl, texts in out/demo/samples.jsonl"
+	@echo "the model is in out/demo/ckpt.pt, its losses in loss.png and metrics.jsonl, texts in samples.jsonl"
 	@echo "try next:  .venv/bin/python sample.py --out_dir=out/demo --seed=7 --steps=64 --trace=12"
-	@echo "           .venv/bin/python prepare.py --dataset=my.txt && .venv/bin/python train.py config/demo.py --dataset=my --out_dir=out/my"
+	@echo "           .venv/bin/python prepare.py --dataset=my.txt"
+	@echo "           .venv/bin/python train.py config/demo.py --dataset=my --out_dir=out/my"
 
-test: .venv/ready
+test: lint
 	.venv/bin/python -m pytest -q tests
 
-# half an hour: 100 kills, 20 dead ranks, 1,000 command lines, ten minutes of memory, a task learned by heart
+# only checks: long lines, names that are not there or not used; nothing is reformatted
+lint: .venv/ready
+	.venv/bin/ruff check -q --line-length=100 --select=E501,F --ignore=F811 .
+
+# half an hour: 100 kills, 20 dead ranks, 1,000 command lines, ten minutes of memory
 stress: .venv/ready
 	.venv/bin/python -m pytest -q -s --slow -m slow tests

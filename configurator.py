@@ -41,6 +41,7 @@ def one_line(e):
 def one_line_errors(kind, error, traceback):
     """The sys.excepthook of all scripts."""
     no_room = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    no_memory = 'out of memory' in str(error) or "can't allocate memory" in str(error)
     if issubclass(kind, KeyboardInterrupt):
         print("\ninterrupted", file=sys.stderr)
     elif issubclass(kind, UserError):
@@ -48,6 +49,9 @@ def one_line_errors(kind, error, traceback):
     elif issubclass(kind, OSError) and error.errno in no_room:
         print(f"error: no room to write {error.filename or 'a file'}: {error.strerror}; "
               "the checkpoints there are intact", file=sys.stderr)
+    elif issubclass(kind, RuntimeError) and no_memory:
+        print(f"error: out of memory: {one_line(error)[:120]}; lower batch_size or the sizes, "
+              "or set --gradient_checkpointing=true", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 

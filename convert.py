@@ -21,13 +21,13 @@ import tempfile
 import numpy as np
 import torch
 
-from checkpoint import (OFFICIAL_SETTINGS, PUBLISHED_SIZES, check_known, find_checkpoint,
-                        from_official_names, is_jax, load_checkpoint, read_config_yml, read_sizes,
-                        to_official_names)
+from checkpoint import check_known, find_checkpoint, is_jax, load_checkpoint
 from configurator import UserError, one_line, one_line_errors
 from model import ELF, ELFConfig
+from official import (OFFICIAL_SETTINGS, PUBLISHED_SIZES, from_official_names, read_config_yml,
+                      read_sizes, to_official_names)
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # out: the official layout
 
 def config_text(config):
@@ -118,7 +118,7 @@ def read_back(file, params, ema, source):
         raise UserError(f"{source}: weights and EMA differ in names or shapes: "
                         f"{', '.join(sorted(shapes ^ others)[:8])}")
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # in: JAX
 
 def from_flax(tree, prefix=''):
@@ -208,7 +208,7 @@ def read_orbax(folder):
     except Exception as e:      # a damaged folder can raise nearly anything
         raise UserError(f"{folder} is no readable Orbax checkpoint: {one_line(e)}") from None
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # in: torch
 
 def read_torch(path):
@@ -277,7 +277,7 @@ def read_lightning(path, ckpt):
         kept[k] = state
     return kept
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 def settings_of(ckpt, path):
     """The settings of a checkpoint that was read -> ELFConfig, or the bytes of its config.yml."""

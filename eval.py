@@ -131,7 +131,7 @@ def pieces(text, k):
 
 
 def known_stretches(text, known, k):
-    """The runs of a text all of whose pieces of k characters are in known -> list, longest first."""
+    """The runs of a text whose pieces of k characters are all in known -> list, longest first."""
     stretches, start = [], 0
     for end in range(k, len(text) + 1):
         if text[end - k:end] not in known:
@@ -156,8 +156,9 @@ def copied(texts, training_text, k=12):
             for end in range(longest + 1, len(stretch) + 1):
                 # where the run only grew at its end, it is nowhere before the shorter one's place
                 found = training_text.find(stretch[end - longest - 1:end], at)
-                longest += found >= 0
                 at = max(found, 0)
+                if found >= 0:
+                    longest += 1
         lengths.append(longest if longest >= k else 0)
     return lengths
 
@@ -394,7 +395,7 @@ def read_series(file):
         for line in f:
             try:
                 row = json.loads(line)
-                iteration = row.pop('iter', None)
+                iteration = row.get('iter')
             except (ValueError, AttributeError):
                 broken += 1
                 continue
@@ -597,9 +598,9 @@ def measure(rows, limit, train_texts, ngram, device):
 COLUMNS = [                             # key, title, format
     ('nats_per_char', 'nats/char', '.3f'),
     ('gen_ppl', 'ppl', '.2f'),
-    ('gen_ppl_port', 'ppl port', '.2f'),
+    ('gen_ppl_port', 'port', '.2f'),
     ('entropy', 'entropy', '.3f'),
-    ('entropy_own', 'own ent.', '.3f'),
+    ('entropy_own', 'own ent', '.3f'),
     ('distinct_4', 'dist-4', '.3f'),
     ('repetition', 'repeat', '.3f'),
     ('duplicates', 'dupl', '.3f'),
@@ -617,20 +618,22 @@ COLUMNS = [                             # key, title, format
 ]
 
 
-def print_table(results):
-    """{name: metrics} -> a line for each; columns that no line has are left out."""
-    shown = []
-    for key, title, form in COLUMNS:
-        if any(key in row for row in results.values()):
-            shown.append((key, title, form, max(len(title), 5)))
-    print()
-    print(' ' * 10 + ''.join(f'  {title:>{width}}' for _, title, _, width in shown))
+def print_table(results, unit):
+    """{name: metrics} -> a line for each, but no columns that none has. unit: what the ids are."""
+    used = [column for column in COLUMNS if any(column[0] in row for row in results.values())]
+    lines = [['', *(title for _, title, _ in used)]]
     for name, row in results.items():
-        line = f'{name:<10}'
-        for key, _, form, width in shown:
-            number = f'{row[key]:{form}}' if key in row else ''
-            line += f'  {number:>{width}}'
-        print(line)
+        lines.append([name])
+        for key, _, form in used:
+            lines[-1].append(f'{row[key]:{form}}' if key in row else '')
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print()
+    for name, *numbers in lines:
+        print(name.ljust(widths[0]), *(x.rjust(width) for x, width in zip(numbers, widths[1:])))
+    print(f"own ent, dist-4, repeat: over {unit}; entropies in nats")
+    if any('words' in row for row in results.values()):
+        print("words, long: share that the training text has too; long ones have over 3 letters")
+        print("copied, max: characters in a row as in the training text, median and most of a text")
 
 
 def over_runs(results):
@@ -744,12 +747,11 @@ if __name__ == '__main__':
     of_runs = [results[name] for name in runs]
     report |= of_runs[0]
     if len(runs) > 1:
-        results['mean'], results['std. error'] = over_runs(of_runs)
-        report |= results['mean'] | dict(stderr=results['std. error'])
+        results['mean'], results['std err'] = over_runs(of_runs)
+        report |= results['mean'] | dict(stderr=results['std err'])
         report['by_seed'] = {name.split()[1]: results[name] for name in runs}
     report |= {name: results[name] for name in others}
-    print_table(results)
-    print(f"own ent., dist-4, repeat over {unit}; entropies in nats")
+    print_table(results, unit)
     if ngram:
         report['gap_closed'] = print_gap(results, report)
     with open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8') as f:

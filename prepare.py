@@ -29,9 +29,9 @@ import torch
 from tqdm import tqdm
 
 from configurator import UserError, configure, from_hub
-from data import (FILES, batched, finish_swap, load_tokenizer, open_bins, open_split, read_jsonl,
-                  read_lines, read_row, sha256, write_jsonl, write_split)
-from model import TextEncoder
+from data import (FILES, batched, finish_swap, get_rows, load_tokenizer, open_bins, open_split,
+                  read_jsonl, read_lines, read_row, sha256, write_jsonl, write_split)
+from model import ELFConfig, TextEncoder
 
 # --------------------------------------------------------------------------------------------------
 # settings
@@ -198,7 +198,7 @@ def find_splits(source, folder, for_val):
     files = splits['train'] + splits['val']
     if not files:
         raise UserError(f"{source} has no data: expected .txt, .jsonl or .parquet files, or what "
-                        "save_to_disk writes")
+                        "save_to_disk writes; from the hub .parquet and .arrow, not named test")
     kinds = {os.path.splitext(path)[1]: path for path in files}
     if len(kinds) > 1 and not kinds.keys() <= set(TEXT_FILES):
         raise UserError(f"{source} has {' and '.join(sorted(kinds))} files, such as "
@@ -590,14 +590,15 @@ def load_encoder(name, vocab_size):
     return text_encoder
 
 
-def measure_latents(text_encoder, folder, dtype):
+def measure_latents(text_encoder, meta):
     """Mean and standard deviation of the encoder's outputs on 512 rows, spread over train.bin."""
-    ids, index = open_split(dict(dir=folder, dtype=dtype), 'train')
+    T = min(1024, meta['max_length'])       # an endless row would not fit into memory
+    c = ELFConfig(max_length=T, max_input_length=T)
+    rows = np.unique(np.linspace(0, meta['rows']['train'] - 1, 512).astype(int))
     count, total, square = 0, 0.0, 0.0
-    for r in np.unique(np.linspace(0, len(index) - 1, 512).astype(int)):
-        row = np.concatenate(read_row(ids, index, r)).astype(np.int64)
-        row = torch.from_numpy(row)[None]                                   # (1, T)
-        x = text_encoder(row, torch.ones_like(row)).double()                # (1, T, C)
+    for some_rows in batched(rows, max(1, 2048 // T)):
+        ids, valid, _ = get_rows(meta, 'train', some_rows, c)
+        x = text_encoder(ids, valid)[valid].double()        # (valid tokens, C)
         count += x.numel()
         total += x.sum().item()
         square += x.square().sum().item()
@@ -743,18 +744,20 @@ if __name__ == '__main__':
             path = os.path.join(folder, 'encoder')
             save_random_encoder(path, len(tok), encoder_dim, encoder_layers, seed)
             text_encoder = load_encoder(path, len(tok))
-        mean, std = measured = measure_latents(text_encoder, folder, dtype)
+        meta = dict(format=1, dtype=dtype, tokenizer=tokenizer or 'tokenizer', vocab_size=len(tok),
+                    pad_id=tok.pad_token_id, eos_id=tok.eos_token_id, encoder=encoder or 'encoder',
+                    latent_dim=text_encoder.latent_dim, conditional=source.conditional,
+                    max_length=max(longest.values()), rows=rows, tokens=tokens,
+                    checksums=checksums(folder),
+                    source=dict(dataset=dataset, val_dataset=val_dataset, subset=subset,
+                                revision=commits, kind=source.kind, pack=pack,
+                                letters_only=letters))
+        mean, std = measured = measure_latents(text_encoder, dict(meta, dir=folder))
         if latent_std:
             mean, std = latent_mean, latent_std
         elif encoder in ('t5-small', 'google-t5/t5-small'):
             mean, std = 0.0, 0.2
-        made_of = dict(dataset=dataset, val_dataset=val_dataset, subset=subset, revision=commits,
-                       kind=source.kind, pack=pack, letters_only=letters)
-        meta = dict(format=1, dtype=dtype, tokenizer=tokenizer or 'tokenizer', vocab_size=len(tok),
-                    pad_id=tok.pad_token_id, eos_id=tok.eos_token_id, encoder=encoder or 'encoder',
-                    latent_mean=mean, latent_std=std, latent_dim=text_encoder.latent_dim,
-                    conditional=source.conditional, max_length=max(longest.values()),
-                    rows=rows, tokens=tokens, checksums=checksums(folder), source=made_of)
+        meta.update(latent_mean=mean, latent_std=std)
         with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
             json.dump(meta, f, indent=1)
         swap_in(folder, data_dir, name)

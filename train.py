@@ -259,7 +259,8 @@ if __name__ == '__main__':
     for note in notes:
         print0('  ' + note)
     if host_group:
-        print0("stop: SIGTERM saves and stops, but torchrun kills what still saves after 30 s")
+        print0("stop: SIGTERM saves and stops; torchrun kills a save that takes longer than its "
+               "--shutdown-timeout, 30 s unless you say otherwise")
 
     # ---- files ----------------------------------------------------------------------------------
     inputs = None

@@ -1,7 +1,8 @@
 """
-A GPU for machines without one: its tensors say that they are elsewhere, and are computed on the CPU. What a GPU would punish
-shows: mixing its tensors with those of the CPU is an error, and `waits` lists what made the host wait for it. It is called
-'meta', the one other device that a CPU build of torch can differentiate on; autocast, compile and NCCL are not covered.
+A GPU for machines without one: its tensors say that they are elsewhere, and are computed on the
+CPU. What a GPU would punish shows: mixing its tensors with those of the CPU is an error, and
+`waits` lists what made the host wait for it. It is called 'meta', the one other device that a CPU
+build of torch can differentiate on; autocast, compile and NCCL are not covered.
 """
 import concurrent.futures
 from contextlib import nullcontext
@@ -10,59 +11,92 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-aten, waits = torch.ops.aten, []
-elsewhere = lambda device: device is not None and torch.device(device).type == 'meta'
-inside = lambda x: x.data_ if isinstance(x, Elsewhere) else x
+import device
+
+aten = torch.ops.aten
+waits = []
+
+
+def elsewhere(where):
+    return where is not None and torch.device(where).type == 'meta'
+
+
+def inside(x):
+    """The tensor of the CPU that a tensor of the GPU stands for; anything else as it is."""
+    return x.data_ if isinstance(x, Elsewhere) else x
 
 
 class Elsewhere(torch.Tensor):
     @staticmethod
-    def __new__(cls, data):
-        return torch.Tensor._make_wrapper_subclass(cls, data.shape, strides=data.stride(), storage_offset=data.storage_offset(), dtype=data.dtype, device='meta', requires_grad=data.requires_grad)
+    def __new__(cls, x):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, x.shape, strides=x.stride(), storage_offset=x.storage_offset(), dtype=x.dtype,
+            device='meta', requires_grad=x.requires_grad)
 
-    def __init__(self, data):
-        self.data_ = data.detach()
+    def __init__(self, x):
+        self.data_ = x.detach()
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        kwargs, leaves = dict(kwargs or {}), tree_leaves((args, kwargs))
-        copies, stays = func in (aten._to_copy.default, aten.copy_.default), elsewhere(kwargs.get('device') or 'meta')
-        if not copies and any(isinstance(x, torch.Tensor) and not isinstance(x, Elsewhere) and x.ndim for x in leaves):
+        kwargs = dict(kwargs or {})
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        copies = func in (aten._to_copy.default, aten.copy_.default)
+        stays = elsewhere(kwargs.get('device') or 'meta')
+        if not copies and any(x.ndim and not isinstance(x, Elsewhere) for x in tensors):
             raise RuntimeError(f"{func}: a tensor of the CPU among those of the GPU")
         if func in (aten._local_scalar_dense.default, aten.nonzero.default) or not stays:
             waits.append(str(func))
-        kwargs |= dict(device='cpu') if 'device' in kwargs else {}
+        if 'device' in kwargs:
+            kwargs['device'] = 'cpu'
+        known = {id(x.data_): x for x in tensors if isinstance(x, Elsewhere)}
+
+        def outside(x):
+            if id(x) in known:      # an in-place function gives back what it was given
+                return known[id(x)]
+            return Elsewhere(x) if isinstance(x, torch.Tensor) and stays else x
+
         out = func(*tree_map(inside, args), **tree_map(inside, kwargs))
-        known = {id(x.data_): x for x in leaves if isinstance(x, Elsewhere)}        # an in-place function gives back what it was given
-        return tree_map(lambda x: known[id(x)] if id(x) in known else Elsewhere(x) if isinstance(x, torch.Tensor) and stays else x, out)
+        return tree_map(outside, out)
+
+
+def move(x, *args, device=None, dtype=None, non_blocking=False):
+    """x.to(...), from or to the GPU or neither."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            device, dtype = arg.device, arg.dtype
+        elif isinstance(arg, torch.dtype):
+            dtype = arg
+        elif isinstance(arg, (str, torch.device)):
+            device = arg
+    if elsewhere(device):
+        if not isinstance(x, Elsewhere):
+            x = Elsewhere(x)
+            if not non_blocking:
+                waits.append('to the GPU')
+        device = None
+    how = dict(device=device, dtype=dtype)
+    how = {name: value for name, value in how.items() if value is not None}
+    return x.to(**how) if how else x
 
 
 class Pretend(TorchFunctionMode):
-    """What never reaches __torch_dispatch__: tensors made on the device or moved to it, and lists."""
+    """What never reaches __torch_dispatch__: tensors made on the GPU or moved to it, and lists."""
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        name, kwargs, leaves = getattr(func, '__name__', ''), dict(kwargs or {}), tree_leaves(args)
-        ours = [x for x in leaves if isinstance(x, Elsewhere)]
-        if name in ('tolist', 'numpy') and ours:
-            waits.append(name)
-            if name == 'numpy':
-                raise TypeError("can't convert a tensor of the GPU to numpy")
-            return args[0].data_.tolist()
-        if name == 'where' and ours:
-            args = [Elsewhere(torch.tensor(x)) if isinstance(x, (int, float)) else x for x in args]
+        name, kwargs = getattr(func, '__name__', ''), dict(kwargs or {})
+        tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+        of_gpu = any(isinstance(x, Elsewhere) for x in tensors)
         if name == 'to':
-            x, device, dtype = args[0], kwargs.get('device'), kwargs.get('dtype')
-            for other in args[1:]:
-                if isinstance(other, torch.Tensor):
-                    device, dtype = other.device, other.dtype
-                device, dtype = other if isinstance(other, (str, torch.device)) else device, other if isinstance(other, torch.dtype) else dtype
-            if elsewhere(device) and not isinstance(x, Elsewhere):
-                if not kwargs.get('non_blocking'):
-                    waits.append('to the GPU')
-                x = Elsewhere(x)
-            return x.to(**{k: v for k, v in dict(dtype=dtype, device=None if elsewhere(device) else device).items() if v is not None}) if dtype or device else x
-        if elsewhere(kwargs.get('device')) and not any(isinstance(x, torch.Tensor) for x in leaves):
+            return move(*args, **kwargs)
+        if name == 'numpy' and of_gpu:
+            raise TypeError("can't convert a tensor of the GPU to numpy")
+        if name == 'tolist' and of_gpu:
+            waits.append(name)
+            return inside(args[0]).tolist()
+        if name == 'where' and of_gpu:
+            args = [Elsewhere(torch.tensor(x)) if isinstance(x, (int, float)) else x for x in args]
+        if elsewhere(kwargs.get('device')) and not tensors:
             return Elsewhere(func(*args, **kwargs | dict(device='cpu')))
         return func(*args, **kwargs)
 
@@ -82,11 +116,20 @@ class Threads(concurrent.futures.ThreadPoolExecutor):
 
 
 def install(monkeypatch):
-    """Scripts that run in this process inside `with Pretend()` find the pretended GPU, whatever their --device."""
-    import sample
+    """Scripts that run inside `with Pretend()` find the pretended GPU, whatever their --device."""
     save, autocast = torch.save, torch.autocast
-    monkeypatch.setattr(sample, 'pick_device', lambda device, dtype: (torch.device('meta'), nullcontext(), 'a pretended GPU, float32'))
+
+    def pick_device(device, dtype):
+        return torch.device('meta'), False, 'a pretended GPU'
+
+    def save_inside(content, *args):
+        return save(tree_map(inside, content), *args)
+
+    def no_autocast(kind, *args, **kwargs):
+        return nullcontext() if kind == 'meta' else autocast(kind, *args, **kwargs)
+
+    monkeypatch.setattr(device, 'pick_device', pick_device)
     monkeypatch.setattr(torch, 'Generator', Generator)
-    monkeypatch.setattr(torch, 'save', lambda content, *args: save(tree_map(inside, content), *args))
-    monkeypatch.setattr(torch, 'autocast', lambda kind, *args, **kwargs: nullcontext() if kind == 'meta' else autocast(kind, *args, **kwargs))
+    monkeypatch.setattr(torch, 'save', save_inside)
+    monkeypatch.setattr(torch, 'autocast', no_autocast)
     monkeypatch.setattr(concurrent.futures, 'ThreadPoolExecutor', Threads)

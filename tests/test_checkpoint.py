@@ -409,3 +409,8 @@ def test_bad_config_yml(tmp_path, text):
 def test_config_yml_names_the_default_model(tmp_path, capsys):
     settings(tmp_path, 'model: ELF-B\n')
     assert 'says ELF-B' in capsys.readouterr().out      # the weights are of no published size
+
+
+def test_another_grid_is_said(tmp_path, capsys):
+    settings(tmp_path, 'sampling_configs: [{time_schedule: uniform}]')
+    assert '--grid=uniform' in capsys.readouterr().out

@@ -1,23 +1,23 @@
 """
-configurator.py: every rule of config files and --name=value, as a user's command line would meet them.
-
-    python -m pytest tests/test_configurator.py
+configurator.py: every rule of config files and --name=value, as a user's command line meets them,
+and errors in one line.
+    python -m pytest -q tests/test_configurator.py
 """
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from huggingface_hub import errors
+from huggingface_hub.utils import httpx
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-from configurator import UserError, configure
+from configurator import UserError, configure, from_hub, one_line
 
 SCRIPT = '''"""A script with settings."""
 import math
 import sys
-sys.path.insert(0, {root!r})
+sys.path.insert(0, ROOT)
 from configurator import UserError, configure
 
 batch_size = 64             # rows per step
@@ -39,24 +39,25 @@ if __name__ == '__main__':
         raise UserError("one reason")
     if out_dir == 'bug':
         raise KeyError("a bug")
-'''
-DEFAULTS = dict(batch_size=64, learning_rate=6e-4, offset=-1, compile=False, out_dir='out', start='')
+'''.replace('ROOT', repr(ROOT))
+DEFAULTS = dict(batch_size=64, learning_rate=6e-4, offset=-1, compile=False, out_dir='out',
+                start='')
 
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """configure() for SCRIPT with these arguments, in a folder with config/c.py -> (settings, globals of the script)."""
-    (tmp_path / 'script.py').write_text(SCRIPT.format(root=str(ROOT)))
+    """configure() for SCRIPT, in a folder with config/c.py -> settings, globals, names given."""
+    (tmp_path / 'script.py').write_text(SCRIPT)
     (tmp_path / 'config').mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)      # configure() replaces it; put back afterwards
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)      # configure() replaces it
     monkeypatch.setattr(sys, 'path', sys.path[:])
 
     def run(*args, config=''):
         (tmp_path / 'config/c.py').write_text(config)
-        g = {'__file__': str(tmp_path / 'script.py'), '__name__': 'script'}
-        exec(SCRIPT.format(root=str(ROOT)), g)
-        return configure(g, list(args)), g
+        g, given = {'__file__': str(tmp_path / 'script.py'), '__name__': 'script'}, set()
+        exec(SCRIPT, g)
+        return configure(g, list(args), given), g, given
     return run
 
 
@@ -77,13 +78,14 @@ def script(tmp_path, monkeypatch):
     (['--batch_size=1', '--batch_size=2'], '', dict(batch_size=2)),             # left to right
     (['config/c.py', '--batch_size=2'], 'batch_size = 1', dict(batch_size=2)),
     (['--batch_size=2', 'config/c.py'], 'batch_size = 1', dict(batch_size=1)),
-    (['config/c.py'], 'learning_rate = 1', dict(learning_rate=1.0)),            # int to float from a file
+    (['config/c.py'], 'learning_rate = 1', dict(learning_rate=1.0)),    # int to float from a file
     (['config/c.py'], 'compile = True\nout_dir = "x"', dict(compile=True, out_dir='x')),
-    (['config/c.py'], 'import os\n_n = 8\ndef f(x): return x * 2\nbatch_size = f(_n)', dict(batch_size=16)),
+    (['config/c.py'], 'import os\n_n = 8\ndef f(x): return x * 2\nbatch_size = f(_n)',
+     dict(batch_size=16)),
     (['config/c.py'], 'from math import sqrt\nbatch_size = int(sqrt(64))', dict(batch_size=8)),
 ])
 def test_accepted(script, capsys, args, config, changed):
-    settings, g = script(*args, config=config)
+    settings, g, _ = script(*args, config=config)
     assert settings == DEFAULTS | changed and list(settings) == list(DEFAULTS)
     for name, value in settings.items():
         assert g[name] == value and type(value) is type(DEFAULTS[name])
@@ -91,9 +93,14 @@ def test_accepted(script, capsys, args, config, changed):
     assert all((f"{name}=" in out) == (name in changed) for name in DEFAULTS)
 
 
+def test_what_was_given_is_told_even_where_it_is_the_default(script):
+    _, _, given = script('config/c.py', '--start=', config='import os\n_n = 1\nbatch_size = 64')
+    assert given == {'batch_size', 'start'}
+
+
 @pytest.mark.parametrize('args, config, says', [
-    (['--batchsize=32'], '', ["--batchsize=32", "unknown setting 'batchsize'", 'did you mean batch_size?']),
-    (['config/c.py'], 'learning_rat = 1.0', ['config/c.py', "'learning_rat'", 'did you mean learning_rate?']),
+    (['--batchsize=32'], '', ["--batchsize=32", "setting 'batchsize'", 'did you mean batch_size?']),
+    (['config/c.py'], 'learning_rat = 1.0', ['config/c.py', "'learning_rat'", 'learning_rate?']),
     (['--zzz=1'], '', ["'zzz'", '--help']),
     (['--batch_size=big'], '', ["'big'", 'whole number', 'default: 64']),
     (['--batch_size=1.5'], '', ["1.5", 'whole number', 'default: 64']),
@@ -109,16 +116,13 @@ def test_accepted(script, capsys, args, config, changed):
     (['config/c.py'], 'compile = 1', ['compile=1', 'true or false']),
     (['config/c.py'], 'out_dir = 3', ['out_dir=3', 'text', "default: 'out'"]),
     (['config/c.py'], 'batch_size = None', ['batch_size=None', 'default: 64']),
-    (['config/c.py'], 'def compile(): pass', ['compile', 'true or false']),             # not ignored as a helper
-    (['--__name__=x'], '', ["unknown setting '__name__'"]),
-    (['--__file__=x'], '', ["unknown setting '__file__'"]),
-    (['--_hidden=2'], '', ["unknown setting '_hidden'"]),
-    (['--math=1'], '', ["unknown setting 'math'"]),                             # an import, not a setting
-    (['--configure=1'], '', ["unknown setting 'configure'"]),
-    (['--helper=1'], '', ["unknown setting 'helper'"]),
-    (['--local=1'], '', ["unknown setting 'local'"]),
-    (['--sizes=[3]'], '', ["unknown setting 'sizes'"]),
-    (['--settings=1'], '', ["unknown setting 'settings'"]),                     # assigned under the main guard only
+    (['config/c.py'], 'def compile(): pass', ['compile', 'true or false']),     # is no helper
+    (['--learning_rate=1e400'], '', ['no number to work with']),
+    (['config/c.py'], 'batch_size = 10**15', ['no number to work with', 'default: 64']),
+    # no settings: names of Python, imports, functions, lists, what main assigns
+    *[([f'--{name}=1'], '', [f"unknown setting '{name}'"]) for name in (
+        '__name__', '__file__', '_hidden', 'math', 'configure', 'helper', 'local', 'sizes',
+        'settings')],
     (['config/none.py'], '', ['config/none.py', 'no such config file']),
     (['batch_size=32'], '', ['batch_size=32', 'no such config file', '--name=value']),
     (['--batch_size', '32'], '', ['--batch_size', '--batch_size=1']),
@@ -134,33 +138,40 @@ def test_refused(script, args, config, says):
 
 
 def command(tmp_path, *args, cwd=None, **env):
-    (tmp_path / 'script.py').write_text(SCRIPT.format(root=str(ROOT)))
+    (tmp_path / 'script.py').write_text(SCRIPT)
     (tmp_path / 'config').mkdir(exist_ok=True)
     (tmp_path / 'config/c.py').write_text('batch_size = 7')
-    return subprocess.run([sys.executable, str(tmp_path / 'script.py'), *args], cwd=cwd or tmp_path, capture_output=True, text=True, env=os.environ | env)
+    return subprocess.run([sys.executable, str(tmp_path / 'script.py'), *args], text=True,
+                          cwd=cwd or tmp_path, capture_output=True, env=os.environ | env)
 
 
 def test_any_working_directory(tmp_path):
     elsewhere = tmp_path / 'else'
     (elsewhere / 'mine').mkdir(parents=True)
     (elsewhere / 'mine/d.py').write_text('batch_size = 9')
-    for cwd, config, size in ((tmp_path, 'config/c.py', 7), (elsewhere, 'config/c.py', 7), (elsewhere, 'mine/d.py', 9),
-                              (elsewhere, '../config/c.py', 7), (elsewhere, str(tmp_path / 'config/c.py'), 7)):
-        assert f'RESULT {size} ' in command(tmp_path, config, cwd=cwd).stdout
+    for config, size in (('config/c.py', 7), ('../config/c.py', 7), ('mine/d.py', 9),
+                         (str(tmp_path / 'config/c.py'), 7)):
+        assert f'RESULT {size} ' in command(tmp_path, config, cwd=elsewhere).stdout
 
 
 def test_help(tmp_path):
     r = command(tmp_path, '--batch_size=3', '--help')
-    assert r.returncode == 0 and r.stderr == '' and 'A script with settings.' in r.stdout and 'RESULT' not in r.stdout
-    lines = {line.split('=')[0].strip(): line for line in r.stdout.splitlines() if line.startswith('  --')}
-    assert list(lines) == ['--' + name for name in DEFAULTS]
-    assert '64' in lines['--batch_size'] and lines['--batch_size'].endswith(' rows per step') and lines['--compile'].endswith(' faster # or not')
+    assert r.returncode == 0 and r.stderr == '' and 'RESULT' not in r.stdout
+    assert r.stdout.startswith('A script with settings.')
+    lines = [line.split('=', 1) for line in r.stdout.splitlines() if line.startswith('  --')]
+    assert [name[4:] for name, _ in lines] == list(DEFAULTS)
+    shown = dict(lines)
+    assert shown['  --batch_size'].split(maxsplit=1) == ['64', 'rows per step']
+    assert shown['  --compile'].endswith(' faster # or not')
 
 
-@pytest.mark.parametrize('args, says', [(['--batchsize=3'], 'did you mean batch_size?'), (['--out_dir=fail'], 'one reason'), (['none.py'], 'no such config file'), (['--a\nb=1'], '--a b=1: unknown')])
+@pytest.mark.parametrize('args, says', [
+    (['--batchsize=3'], 'did you mean batch_size?'), (['--out_dir=fail'], 'one reason'),
+    (['none.py'], 'no such config file'), (['--a\nb=1'], '--a b=1: unknown')])
 def test_one_line_and_exit_code_1(tmp_path, args, says):
     r = command(tmp_path, *args)
-    assert r.returncode == 1 and r.stderr.startswith('error: ') and says in r.stderr and len(r.stderr.splitlines()) == 1
+    assert r.returncode == 1 and r.stderr.startswith('error: ') and says in r.stderr
+    assert len(r.stderr.splitlines()) == 1
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):
@@ -171,9 +182,34 @@ def test_a_bug_keeps_its_traceback(tmp_path):
 def test_only_rank_0_prints_the_changes(tmp_path):
     assert 'settings: batch_size=3' in command(tmp_path, '--batch_size=3').stdout
     assert 'settings:' not in command(tmp_path, '--batch_size=3', RANK='1').stdout
-    assert 'settings:' not in command(tmp_path).stdout
 
 
 def test_texts_that_the_terminal_lacks(tmp_path):
     r = command(tmp_path, '--start=é', PYTHONIOENCODING='ascii')
     assert r.returncode == 0 and 'RESULT' in r.stdout
+
+# --------------------------------------------------------------------------------------------------
+# errors of others in one line
+
+def test_one_line():
+    assert one_line(' a\n  b ') == 'a b' == str(UserError('a\nb'))
+    assert one_line(KeyError('a\nb')) == r"KeyError 'a\nb'"
+    assert one_line(ValueError('a\nb')) == 'ValueError a b'
+    assert len(one_line(ValueError('x' * 999))) == 200
+
+
+@pytest.mark.parametrize('source, error, says', [
+    (ROOT, OSError('no\nconfig'), 'is not usable: OSError'),
+    ('org/x', ValueError('new'), 'is no path here, and the hub did not give it: '),
+    ('org/x', errors.HFValidationError(), 'is neither a folder nor a file here'),
+    ('org/x', errors.LocalEntryNotFoundError('x'), 'not in the cache, and HF_HUB_OFFLINE is set'),
+    ('org/x', httpx.ConnectError('x'), 'not in the cache, and HF_HUB_OFFLINE is set'),
+    ('org/x', httpx.RemoteProtocolError('x'), 'the download of .* broke off')])
+def test_what_a_client_of_the_hub_raises(source, error, says):
+    with pytest.raises(UserError, match=says) as e, from_hub('no model', source):
+        raise error
+    assert str(e.value).startswith('no model: ') and source in str(e.value)
+    with pytest.raises(UserError, match=says), from_hub('no model', source):
+        raise OSError('see above') from error       # transformers wraps what the hub's client says
+    with pytest.raises(UserError, match='^mine$'), from_hub('no model', source):
+        raise UserError('mine')

@@ -216,8 +216,8 @@ def test_refused(state, n, says, hub, ask, tmp_path):
         code, out, err = ask(state, *job.format(n=n, at=tmp_path).split())
         line = err.splitlines()[-1] if err else ''
         assert code == 1 and line.startswith('error: ') and f'org/{n}' in line and says in line, err
-        # the client may tell of each new try
-        told = 'Retrying in' in err or 'Trying to resume' in err
+        # the client may tell of each new try, or show a bar
+        told = any(x in err for x in ('Retrying in', 'Trying to resume', 'Fetching'))
         assert err == line + '\n' or told and 'Traceback' not in err
     # nothing half-written, neither here nor in the cache
     files = [f for _, _, names in os.walk(tmp_path) for f in names]

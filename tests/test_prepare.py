@@ -45,12 +45,9 @@ def tok(bins):
 def make(run, tmp_path):
     """make(source, *args) -> meta of the bins in tmp_path/data; what was printed: make.out."""
     def make(source, *args):
-        name = os.path.basename(source).partition('.')[0]
         data_dir = str(tmp_path / 'data')
         make.out = run('prepare.py', f'--dataset={source}', f'--data_dir={data_dir}', *args)
-        for arg in args:
-            name = arg.removeprefix('--name=') if arg.startswith('--name=') else name
-        return open_bins(data_dir, name, verify=True)
+        return open_bins(data_dir, run.globals['name'], verify=True)
     return make
 
 
@@ -165,24 +162,29 @@ def test_pydocs_is_prose():
 
 
 def test_what_the_user_sets_goes_before_what_a_name_stands_for(make, tmp_path, tok, monkeypatch):
-    """By file or command line, and also where it says what the default is."""
-    rows = dict(input_ids=[[4, 1]] * 40)
-    parquet(tmp_path / 'known' / 'x.parquet', **rows)
-    monkeypatch.setattr(sys, 'path', sys.path)
-    script = tmp_path / 'prepare.py'
-    with open(os.path.join(ROOT, 'prepare.py'), encoding='utf-8') as f:
-        known = f"KNOWN = dict(mine=dict(dataset={str(tmp_path / 'known')!r}, val_fraction=0.5))"
-        source = f.read().replace("CONFIGS =", f"{known}\nCONFIGS =", 1)
-    script.write_text(source, encoding='utf-8')
-    config = write(tmp_path / 'config.py', 'val_fraction = 0.05\n')     # the default
-    counts = []
-    for args in ([], ['--val_fraction=0.05'], [config]):
-        argv = [script, '--dataset=mine', f'--data_dir={tmp_path / "data"}', *tok, *args]
-        done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True,
-                              env=os.environ | dict(PYTHONPATH=ROOT, OMP_NUM_THREADS='1'))
-        assert done.returncode == 0, done.stderr
-        counts.append(open_bins(str(tmp_path / 'data'), 'mine')['rows']['val'])
-    assert counts == [20, 2, 2]
+    """By file or command line, also where it is what the default is; the hub's files are here."""
+    calls = []
+    parquet(tmp_path / 'hub' / 'train-0.parquet', text=['some words of a story'] * 60)
+    parquet(tmp_path / 'hub' / 'validation-0.parquet', text=['words of another'] * 20)
+
+    def snapshot_download(source, **how):
+        calls.append((source, how))
+        return str(tmp_path / 'hub')
+    monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot_download)
+    config = write(tmp_path / 'config.py', "max_length = 32\npack = 'words'\n")
+    for args, short, pack in (([], False, 'paragraphs'), (['--max_length=32'], True, 'paragraphs'),
+                              ([config], True, 'words')):
+        meta = make('openwebtext-raw', '--name=x', *tok, *args)
+        assert meta['source']['pack'] == pack and (meta['max_length'] <= 32) == short
+    meta = make('tinystories', *tok)
+    assert texts_of(meta, 'train') == ['some words of a story'] * 60 and meta['rows']['val'] == 20
+    assert [source for source, _ in calls[3:]] == ['roneneldan/TinyStories']
+    # of the hub's files, those named test are not fetched
+    from huggingface_hub.utils import filter_repo_objects
+    how = {name: calls[0][1][name] for name in ('allow_patterns', 'ignore_patterns')}
+    names = ['data/train-0.parquet', 'latest/0.parquet', 'contest.arrow', 'test/0.parquet',
+             'data/test-0.parquet', 'de_test.arrow', 'README.md', 'stories.txt']
+    assert list(filter_repo_objects(names, **how)) == names[:3]
 
 # ---- packing ----
 
@@ -389,6 +391,7 @@ TWO = [[4, 1]] * 29
 @pytest.mark.parametrize('columns, says', [
     (dict(input_ids=None, condition_input_ids=None, input=None), 'has the columns target, index'),
     (dict(input_ids=[*TWO, *TWO, [4, 1], [30, 1]]), r'row \d+ of val has token id 30'),
+    (dict(input_ids=[[4, 1], [4, -1], *TWO, *TWO]), 'row 1 of train has token id -1'),
     (dict(input_ids=[*TWO, [4, 1], [], *TWO]), 'input_ids is empty in one of the rows'),
     (dict(condition_input_ids=[[], [4, 1], *TWO, *TWO]), 'condition_input_ids is empty'),
     (dict(input_ids=['text'] * 60), 'not lists of whole numbers'),

@@ -1,127 +1,235 @@
 """
-Samplers against the official ones, grids, oracles, and that text i depends on (seed, i) alone.
+Samplers against the official ones, grids, packed products, and that text i depends on (seed, i)
+alone.
     python -m pytest -q tests/test_sample.py
 """
 import copy
-import json
 import os
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from test_model import golden, official, small  # noqa: F401, official is a fixture
 
 from configurator import UserError
+from device import describe, pack_linears, pick_device
 from model import ELF, ELFConfig
-from sample import cut, decode_ids, generate, pack_linears, printable, row_seed, sample_texts, time_grid
-from test_model import official  # noqa: F401, a fixture: the model of golden/model.npz
+from sample import decode_ids, generate, resolve_sampling, sample_texts, time_grid
 
-GOLDEN = os.path.join(ROOT, 'tests', 'golden')
+CPU = torch.device('cpu')
 
+
+class Spy:
+    """A network that always sees the same x0, and notes what it was given."""
+    def __init__(self, x0, **settings):
+        self.config, self.x0, self.calls = ELFConfig(**settings), x0, []
+
+    def denoise(self, z, x_prev, t, w):
+        self.calls.append((z, x_prev))
+        return self.x0[:len(z)]
+
+# --------------------------------------------------------------------------------------------------
+# samplers
 
 @pytest.mark.parametrize('packed', [False, True])
 @pytest.mark.parametrize('case', ['uncond_ode', 'uncond_sde', 'cond_ode', 'cond_sde'])
-def test_samplers_equal_the_official_ones(case, packed, official):
-    data = np.load(os.path.join(GOLDEN, 'sampler.npz'))
-    how = json.loads(str(data['config']))['cases'][case]
-    get = lambda name: torch.tensor(data[f'{case}/{name}'])
-    cond = (get('cond_seq'), get('cond_seq_mask')) if how['conditional'] else (None, None)
-    model = official
+def test_samplers_equal_the_official_ones(case, packed, official):  # noqa: F811
+    data, config = golden('sampler.npz')
+    how = config['cases'][case]
+    d = {name.partition('/')[2]: x for name, x in data.items() if name.startswith(case)}
+    model = copy.deepcopy(official)
     if packed:
-        pack_linears(model := copy.deepcopy(official), 'cpu (CPU), float32 (as asked)')
+        pack_linears(model, bf16=False)
         assert 'forward' in vars(model.unembed) or not torch.backends.mkl.is_available()
-    z = generate(model, get('z_init'), get('t_steps'), how['sampling_method'], how['sde_gamma'], how['self_cond_cfg_scale'], how['cfg_scale'], *cond, step_noise=get('eps'))
-    assert (z - get('z')).norm() <= 1e-4 * get('z').norm()
-    assert torch.equal(decode_ids(model, z, how['self_cond_cfg_scale']).int(), get('ids'))
-
-
-def test_packed_bfloat16_rounds_where_autocast_does(official):
-    torch.manual_seed(0)
-    z, t = torch.randn(2, 9, official.config.latent_dim), torch.rand(2)
-    run = lambda model: [model.denoise(z, z, t, 1 + t), model.decode(z, 1 + t)]
-    with torch.no_grad():
-        exact = run(official)
-        with torch.autocast('cpu', torch.bfloat16):
-            plain = run(official)
-            pack_linears(model := copy.deepcopy(official), 'cpu (CPU), bfloat16 autocast (as asked)')
-            packed = run(model)
-    for a, b, c in zip(exact, plain, packed):
-        assert c.dtype == b.dtype and 0.95 < (c - a).norm() / (b - a).norm() < 1.05
+    w = how['self_cond_cfg_scale']
+    z = generate(model, d['z_init'], d['t_steps'], how['sampling_method'], how['sde_gamma'], w,
+                 how['cfg_scale'], d.get('cond_seq'), d.get('cond_seq_mask'), d['eps'])
+    assert (z - d['z']).norm() <= 1e-4 * d['z'].norm()
+    assert torch.equal(decode_ids(model, z, w), d['ids'])
 
 
 @pytest.mark.parametrize('sampler, gamma', [('ode', 0.0), ('sde', 1.5), ('sde', 40.0)])
 @pytest.mark.parametrize('grid', ['logit_normal', 'uniform', 'quantile'])
 def test_with_an_oracle_every_step_lies_on_the_path_to_the_data(sampler, gamma, grid):
-    c, x0, seen = ELFConfig(), torch.randn(3, 5, 4), []
-    oracle = SimpleNamespace(config=c, denoise=lambda z, x_prev, t, w: x0)
-    noise = torch.randn(3, 5, 4) * (sampler == 'ode')       # the SDE adds noise of its own: here, none
-    generate(oracle, noise, time_grid(16, grid, c, torch.Generator().manual_seed(0)), sampler, gamma, step_noise=torch.zeros(15, 3, 5, 4),
-             watch=lambda i, t, z: seen.append((t[:, None, None], z)))
-    assert len(seen) == 17 and all(torch.allclose(z, t * x0 + (1 - t) * noise, atol=1e-5) for t, z in seen)
+    x0, seen = torch.randn(3, 5, 4), []
+    noise = torch.randn(3, 5, 4) * (sampler == 'ode')   # the SDE adds noise of its own: here, none
+    oracle = Spy(x0)
+    times = time_grid(16, grid, oracle.config, torch.Generator().manual_seed(0))
+
+    def watch(i, t, z):
+        seen.append(i)
+        t = t[:, None, None]
+        torch.testing.assert_close(z, t * x0 + (1 - t) * noise, rtol=0, atol=1e-5)
+    generate(oracle, noise, times, sampler, gamma, step_noise=torch.zeros(15, 3, 5, 4), watch=watch)
+    assert seen == list(range(17))
+
+
+@pytest.mark.parametrize('self_cond_prob, fed', [(0.5, True), (0.0, False)])
+def test_only_a_network_that_was_shown_guesses_is_fed_one(self_cond_prob, fed):
+    x0, mask = torch.ones(2, 3, 4), torch.tensor([[1, 0, 0], [1, 1, 0]])
+    model = Spy(x0, self_cond_prob=self_cond_prob)
+    generate(model, torch.zeros(2, 3, 4), torch.linspace(0, 1, 6), cond=7 * x0, cond_mask=mask)
+    first, *others = [x_prev[mask == 0] for _, x_prev in model.calls]
+    assert not first.any() and len(others) == 4 and all(x.all() == x.any() == fed for x in others)
+    assert all((x_prev[mask == 1] == 7).all() for _, x_prev in model.calls)     # the condition
 
 
 def test_grids():
     c = ELFConfig()
     for schedule in ('logit_normal', 'uniform', 'quantile'):
         t = time_grid(32, schedule, c, torch.Generator().manual_seed(1))
-        assert t.shape == (33,) and t[0] == 0 and t[-1] == 1 and (t.diff() > 0).all() and t.dtype == torch.float32
+        assert t.shape == (33,) and t.dtype == torch.float32
+        assert t[0] == 0 and t[-1] == 1 and (t.diff() > 0).all()
         assert time_grid(1, schedule, c).tolist() == [0, 1]
-    draws = time_grid(20001, 'logit_normal', c, torch.Generator().manual_seed(0))[1:-1]
-    assert torch.allclose(draws.logit().mean(), torch.tensor(-1.5), atol=0.02) and torch.allclose(draws.logit().std(), torch.tensor(0.8), atol=0.02)
+    drawn = time_grid(20001, 'logit_normal', c, torch.Generator().manual_seed(0))[1:-1].logit()
+    assert drawn.mean().item() == pytest.approx(-1.5, abs=0.02)
+    assert drawn.std().item() == pytest.approx(0.8, abs=0.02)
     assert time_grid(2, 'quantile', c)[1].logit().item() == pytest.approx(-1.5, abs=1e-5)
-    for bad in ((0, 'uniform'), (4, 'cosine')):
-        with pytest.raises(UserError):
-            time_grid(*bad, c)
+    for steps, schedule in ((0, 'uniform'), (4, 'cosine')):
+        with pytest.raises(UserError, match=f'{steps}: at least|{schedule}.* is not one of'):
+            time_grid(steps, schedule, c)
+    with pytest.raises(UserError, match="sampler='heun' is not 'ode' or 'sde'"):
+        generate(Spy(None), torch.zeros(1, 1, 1), torch.zeros(2), sampler='heun')
 
+
+def test_what_is_given_wins_over_what_the_checkpoint_has():
+    c = ELFConfig(by_steps={8: dict(gamma=2.0), 64: dict(sampler='ode', gamma=0.0)})
+    own = dict(steps=32, sampler='sde', gamma=1.5, w=3.0, cfg=1.0)
+    assert resolve_sampling(c) == own
+    assert resolve_sampling(c, steps=8) == own | dict(steps=8, gamma=2.0)
+    assert resolve_sampling(c, steps=9) == own | dict(steps=9)
+    assert resolve_sampling(c, steps=8, gamma=0.5)['gamma'] == 0.5
+    assert resolve_sampling(c, 64, 'sde', cfg=2.0) == own | dict(steps=64, gamma=0.0, cfg=2.0)
+    given = dict(steps=64, sampler='sde', gamma=0.0, w=0.0, cfg=0.0)
+    assert resolve_sampling(c, **given) == given
+    c.steps = 8         # by_steps says what differs from the checkpoint's other settings
+    assert resolve_sampling(c)['gamma'] == 2.0
+
+# --------------------------------------------------------------------------------------------------
+# precision on a CPU
+
+def test_packed_bfloat16_rounds_where_autocast_does(official):  # noqa: F811
+    torch.manual_seed(0)
+    z, t = torch.randn(2, 9, official.config.latent_dim), torch.rand(2)
+
+    def run(model):
+        return model.denoise(z, z, t, 1 + t), model.decode(z, 1 + t)
+
+    model = copy.deepcopy(official)
+    with torch.no_grad():
+        exact = run(model)
+        with torch.autocast('cpu', torch.bfloat16):
+            plain = run(model)
+            pack_linears(model, bf16=True)
+            packed = run(model)
+    for a, b, c in zip(exact, plain, packed):
+        assert c.dtype == b.dtype == torch.float32
+        assert 0.95 < (c - a).norm() / (b - a).norm() < 1.05
+
+
+@pytest.mark.parametrize('fast', [False, True])
+def test_auto_packs_what_it_says(fast, monkeypatch):
+    """Whether there is fast bfloat16 is a fact, not a word in the sentence that speaks of it."""
+    packed = []
+
+    def reorder(weight, size):
+        packed.append(weight.dtype)
+        return weight
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: fast)
+    monkeypatch.setattr(torch.backends.mkl, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: fast, raising=False)
+    monkeypatch.setattr(torch.ops.mkldnn, '_reorder_linear_weight', reorder, raising=False)
+    device, bf16, name = pick_device('cpu', 'auto')
+    assert device == CPU and bf16 is fast
+    said = describe(device, bf16, name, 'auto')
+    assert said.endswith('bfloat16 autocast (fast here)' if fast else
+                         'float32 (no fast bfloat16 here)')
+    net = small()
+    pack_linears(net, bf16)
+    linears = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert len(packed) == len(linears)
+    for name, dtype in zip(linears, packed):        # both ends of the network stay exact
+        in_block = name.startswith('blocks.')
+        assert dtype == (torch.bfloat16 if fast and in_block else torch.float32), name
+    assert pick_device('cpu', 'float32')[1] is False and pick_device('cpu', 'bfloat16')[1] is True
+
+
+@pytest.mark.parametrize('device, dtype, says', [
+    ('tpu', 'auto', "device='tpu' is not available here; this machine has .*cpu"),
+    ('cpu:x', 'auto', "device='cpu:x' is not a device here"), ('cpu', 'fp8', "dtype='fp8' is not")])
+def test_devices_that_are_not_there(device, dtype, says):
+    with pytest.raises(UserError, match=says):
+        pick_device(device, dtype)
+
+# --------------------------------------------------------------------------------------------------
+# texts
 
 def test_text_i_depends_on_seed_and_i_alone():
     torch.manual_seed(0)
-    model = ELF(ELFConfig(n_layer=1, n_embd=16, n_head=2, latent_dim=8, bottleneck=4, vocab_size=40, max_length=6)).eval()
+    c = ELFConfig(n_layer=1, n_embd=16, n_head=2, latent_dim=8, bottleneck=4, vocab_size=40,
+                  max_length=6)
+    model = ELF(c).eval()
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.3)
     tokenizer = SimpleNamespace(eos_token_id=1, decode=lambda ids, **_: ' '.join(map(str, ids)))
-    how = dict(device=torch.device('cpu'), steps=6, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, grid='logit_normal')
-    whole = sample_texts(model, tokenizer, 5, 5, 3, **how)
-    torch.manual_seed(99)
-    single = sample_texts(model, tokenizer, 5, 1, 3, **how)
-    ranks = sorted(sum((sample_texts(model, tokenizer, 5, 2, 3, rank=r, world=2, **how) for r in (0, 1)), []), key=lambda x: x['id'])      # no group: shares
-    assert whole == single == ranks and len({x['generated'] for x in whole}) > 1
-    assert [x['generated'] for x in sample_texts(model, tokenizer, 5, 5, 4, **how)] != [x['generated'] for x in whole]
-    assert len({row_seed(s, i) for s in range(30) for i in range(30)}) == 900
+    how = resolve_sampling(c, steps=6) | dict(grid='logit_normal')
+
+    def texts(numbers, batch_size, seed=3):
+        torch.manual_seed(batch_size)
+        return list(sample_texts(model, tokenizer, numbers, batch_size, seed, CPU, how))
+
+    whole = texts(range(5), 5)
+    assert [row['id'] for row in whole] == [0, 1, 2, 3, 4]
+    assert len({row['generated'] for row in whole}) > 1
+    assert texts(range(5), 1) == texts(range(5), 2) == whole
+    assert texts([3, 1], 2) == [whole[3], whole[1]]             # the share of a rank
+    assert texts(range(5), 5, seed=4) != whole
 
 
 def test_a_condition_is_coded_cut_kept_and_left_out_of_the_text():
-    c, seen = ELFConfig(latent_dim=2, max_length=8, max_input_length=3), []
-    position = torch.nn.functional.one_hot(torch.arange(10, 18), 20).float().expand(2, -1, -1)      # decodes to 10, 11, ... 17
-    model = SimpleNamespace(config=c, denoise=lambda z, x_prev, t, w: seen.append((z, x_prev)) or z, decode=lambda z, w: position[:len(z)])
-    encoder = lambda *args: seen.append(args) or torch.full((2, 8, 2), 7.0)
-    tokenizer = type('', (), dict(eos_token_id=1, pad_token_id=0, decode=lambda self, ids, **_: str(ids),
-                               __call__=lambda self, text, add_special_tokens: dict(input_ids=[*map(ord, text)] + [2] * add_special_tokens)))()
-    texts = sample_texts(model, tokenizer, 2, 2, 0, torch.device('cpu'), 3, 'sde', 1.5, 3.0, 1.0, 'uniform', inputs=['d', 'defg'], encoder=encoder)
-    (ids, valid, cond), *calls = seen
-    assert ids.tolist() == [[100, 1] + [0] * 6, [100, 101, 102] + [0] * 5]          # EOS ends it, or is cut off
-    assert torch.equal(valid, cond) and cond.tolist() == [[True] * 2 + [False] * 6, [True] * 3 + [False] * 5]
-    assert len(calls) == 3 and all(((x == 7).all(-1) == cond).all() for call in calls for x in call)
-    assert [x['ids'] for x in texts] == [[12, 13, 14, 15, 16], [13, 14, 15, 16, 17]] and [x['input'] for x in texts] == ['d', 'defg']
+    model = Spy(torch.zeros(2, 8, 2), latent_dim=2, max_length=8, max_input_length=3)
+    position = torch.nn.functional.one_hot(torch.arange(10, 18), 20).float().expand(2, -1, -1)
+    model.decode = lambda z, w: position[:len(z)]               # to 10, 11, ... 17
+    seen, watched = [], []
+
+    class Tokenizer:
+        eos_token_id, pad_token_id = 1, 0
+
+        def __call__(self, text, add_special_tokens):
+            assert not add_special_tokens
+            return dict(input_ids=[*map(ord, text)])
+
+        def decode(self, ids, skip_special_tokens):
+            return f'{ids} {skip_special_tokens}'
+
+    def encoder(*args):
+        seen.extend(args)
+        return torch.full((2, 8, 2), 7.0)
+
+    def watch(numbers, i, t, texts):
+        watched.append((list(numbers), i, texts()))
+
+    how = dict(steps=3, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, grid='uniform')
+    rows = list(sample_texts(model, Tokenizer(), range(2), 2, 0, CPU, how, ['d', 'defg'], encoder,
+                             watch))
+    ids, valid, cond = seen
+    # EOS ends it, or is cut off
+    assert ids.tolist() == [[100, 1, 0, 0, 0, 0, 0, 0], [100, 101, 102, 0, 0, 0, 0, 0]]
+    assert torch.equal(valid, cond) and torch.equal(cond, ids > 0)
+    assert len(model.calls) == 3
+    assert all(((x == 7).all(-1) == cond).all() for call in model.calls for x in call)
+    texts = [[12, 13, 14, 15, 16], [13, 14, 15, 16, 17]]
+    assert watched == [([0, 1], i, texts) for i in range(4)]
+    assert rows == [dict(id=i, input=x, ids=ids, generated=f'{ids} True')
+                    for i, x, ids in zip((0, 1), ('d', 'defg'), texts)]
 
 
-@pytest.mark.parametrize('args', [['--num_samples=0'], ['--batch_size=0'], ['--seed=-1'], ['--trace=-1'], ['--input=a', '--input_file=b']])
-def test_settings_out_of_range(run, args):
-    with pytest.raises(UserError, match='start at 1'):
-        run('sample.py', *args)
-
-
-def test_the_least_settings_are_allowed(run):
-    with pytest.raises(UserError, match='no model in out/none'):
-        run('sample.py', '--out_dir=out/none', '--num_samples=1', '--batch_size=1', '--seed=0', '--trace=0', '--device=cpu')
-
-
-@pytest.mark.parametrize('script', ['sample.py', 'eval.py'])
-def test_an_out_dir_is_not_looked_for_on_the_hub(run, script):
-    with pytest.raises(UserError, match='no model in out/none: train one'):
-        run(script, '--out_dir=out/none', '--device=cpu')
-
-
-def test_cut_and_printable():
-    assert cut([5, 1, 6], 1) == [5] and cut([5, 6], 1) == [5, 6] and cut([1], 1) == []
-    assert printable('a\x1b[2Jb\nc é') == 'a\\x1b[2Jb c é'
+@pytest.mark.parametrize('args, says', [
+    (['--num_samples=0'], 'num_samples=0: must be at least 1'), (['--batch_size=0'], 'batch_size'),
+    (['--seed=-1'], 'at least 0'), (['--trace=-1'], 'at least 0'),
+    (['--input=a', '--input_file=b'], 'exclude each other'),
+    (['--num_samples=1', '--batch_size=1', '--seed=0', '--trace=0'], 'no model in out/none: tra')])
+def test_what_sample_refuses(run, args, says):
+    """Last: an out_dir is not looked for on the hub."""
+    with pytest.raises(UserError, match=says):
+        run('sample.py', '--out_dir=out/none', '--device=cpu', *args)
+    assert not os.path.exists('out/none')

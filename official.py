@@ -1,0 +1,186 @@
+"""
+The official code's layout: names and shapes of its weights, its config.yml, its samplers -> ours.
+
+It differs in names, two transposed matrices, and settings to translate; what a config.yml leaves
+out is the default of their class, not what the published models were trained with.
+"""
+import math
+import os
+import re
+
+import torch
+
+from configurator import UserError, one_line
+
+# -------------------------------------------------------------------------------------------------
+# weights
+
+# they keep two layers as (in, out); ours are Linear, so that Muon sees every matrix as (out, in)
+OFFICIAL_WEIGHTS = {'proj.weight': 'proj_kernel', 'proj.bias': 'proj_bias',
+                    'unembed.weight': 'unembed_kernel', 'unembed.bias': 'unembed_bias'}
+
+
+def to_official_names(state):
+    """Weights under our names -> copies under the official names and in their layouts."""
+    official = {}
+    for name, x in state.items():
+        is_kernel = name in OFFICIAL_WEIGHTS and x.ndim == 2
+        x = x.detach().clone()
+        official[OFFICIAL_WEIGHTS.get(name, name)] = (x.T if is_kernel else x).contiguous()
+    return official
+
+
+def from_official_names(state):
+    """The tensors of a state dict, ours or theirs, wrapped or not -> our names and layouts."""
+    ours = {official: name for name, official in OFFICIAL_WEIGHTS.items()}
+    renamed = {}
+    for name, x in state.items():
+        name = re.sub(r'^(_orig_mod\.|module\.)+', '', str(name))       # torch.compile, DDP
+        if isinstance(x, torch.Tensor):
+            renamed[ours.get(name, name)] = x.T if name in ours and x.ndim == 2 else x
+    return renamed
+
+
+def read_sizes(state, path):
+    """The sizes of the ELF that these weights are of, under our names -> dict. UserError."""
+    try:
+        D, head = state['t_emb_tokens'].shape[-1], state['blocks.0.attn.q_norm.weight'].numel()
+        layers = {int(name.split('.')[1]) for name in state if name.startswith('blocks.')}
+        return dict(
+            n_layer=max(layers) + 1,
+            n_embd=D,
+            n_head=D // head if D % head == 0 else 1,       # 1: check_fit will name q_norm
+            vocab_size=len(state['unembed.bias']),
+            latent_dim=len(state['self_cond_proj.bias']),
+            bottleneck=len(state['text_proj.proj1.weight']),
+            n_time=state['t_emb_tokens'].shape[1],
+            n_scale=state['self_cond_cfg_tokens'].shape[1],
+            n_mode=state['mode_tokens'].shape[1])
+    except (LookupError, ValueError, TypeError, ZeroDivisionError) as e:
+        raise UserError(f"{path} holds no ELF weights: {one_line(e)} while reading the sizes off "
+                        f"them; it has {', '.join(list(state)[:5])}, ...") from None
+
+
+def check_fit(want, state, path):
+    """Compare weights with a model's state dict: UserError with all that is missing or wrong."""
+    wrong = [f"missing {name}" for name in want.keys() - state.keys()]
+    wrong += [f"left over {name}" for name in state.keys() - want.keys()]
+    for name in want.keys() & state.keys():
+        is_, expected = tuple(state[name].shape), tuple(want[name].shape)
+        if is_ != expected:
+            wrong.append(f"{name} is {is_}, expected {expected}")
+    if wrong:
+        raise UserError(f"{path} does not fit an ELF of its sizes: {'; '.join(sorted(wrong))}")
+
+# -------------------------------------------------------------------------------------------------
+# config.yml, which holds only what its run overrode [configs/config.py]
+
+# their setting: ours, and the default of their class, which is not that of the published runs
+OFFICIAL_SETTINGS = dict(
+    denoiser_p_mean=('t_mean', 0.8), denoiser_p_std=('t_std', 0.8), t_eps=('t_eps', 0.05),
+    denoiser_noise_scale=('noise_scale', 1.0), self_cond_prob=('self_cond_prob', 0.5),
+    self_cond_cfg_min=('w_min', 0.5), self_cond_cfg_max=('w_max', 5.0),
+    decoder_prob=('decoder_prob', 0.5), decoder_p_mean=('decoder_mean', 0.8),
+    decoder_p_std=('decoder_std', 0.8), decoder_noise_scale=('decoder_noise_scale', 1.0),
+    encoder_model_name=('encoder', 't5-small'), tokenizer_name=('tokenizer', ''),
+    latent_mean=('latent_mean', 0.0), latent_std=('latent_std', 1.0),
+    max_length=('max_length', 128), max_input_length=('max_input_length', 0),
+    pad_token=('pad_token', 'pad'), label_drop_prob=('drop_cond_prob', 0.0),
+    gelu=('gelu', 'tanh'))      # not theirs: convert.py writes it for the Lightning reproduction
+
+SAMPLING_DEFAULTS = dict(sampling_method='ode', num_sampling_steps=[50], cfgs=[1], sde_gamma=0.0,
+                         self_cond_cfg_scales=[1.0], time_schedule='logit_normal')
+
+
+def sde(steps, gamma, w):
+    """An entry of theirs: the sampler at these numbers of steps."""
+    return dict(sampling_method='sde', num_sampling_steps=steps, sde_gamma=gamma,
+                self_cond_cfg_scales=[w])
+
+
+# their files of samplers [configs/sampling_configs]; 8 and 16 steps are from the paper
+UNCONDITIONAL, CONDITIONAL, FEW_STEP = (
+    f'{kind}_sampling_configs.yml' for kind in ('uncond', 'cond', 'uncond_fewstep'))
+PUBLISHED_SAMPLING = {
+    UNCONDITIONAL: [sde([32], 1.5, 3.0), sde([64], 1.0, 3.0), sde([8, 16], 2.0, 3.0)],
+    CONDITIONAL: [dict(sampling_method='ode', num_sampling_steps=[64], cfgs=[2])],
+    FEW_STEP: [sde([8, 4, 2, 1], 1.5, 2.5), sde([16, 32], 2.0, 2.0)]}
+PUBLISHED_SIZES = {(12, 768): 'ELF-B', (24, 1056): 'ELF-M', (32, 1280): 'ELF-L'}    # layers, width
+
+
+def read_config_yml(path, sizes):
+    """The official config.yml beside a checkpoint -> settings for an ELFConfig, without sizes."""
+    file = os.path.join(os.path.dirname(path), 'config.yml')
+    layers, width = sizes['n_layer'], sizes['n_embd']
+    size = PUBLISHED_SIZES.get((layers, width))
+    if not os.path.exists(file):
+        print(f"no config.yml beside {path}: taking the published OpenWebText settings")
+        return read_sampling(dict(sampling_configs_path=UNCONDITIONAL), size)
+    import yaml
+    try:
+        with open(file, encoding='utf-8') as f:
+            official = yaml.safe_load(f) or {}
+        official = {k: v for k, v in official.items() if v is not None}
+        settings = {}
+        for key, (name, default) in OFFICIAL_SETTINGS.items():
+            settings[name] = to_type(key, official.get(key, default), default)
+        settings |= read_sampling(official, size)
+    except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as e:
+        raise UserError(f"{file} is not readable as the official settings: {one_line(e)}") from None
+    settings['tokenizer'] = settings['tokenizer'] or settings['encoder']
+    if official.get('model', size) != size:
+        print(f"{file} says {official['model']}, the weights have n_layer={layers}, "
+              f"n_embd={width}; going by the weights")
+    return settings
+
+
+def to_type(key, value, default):
+    """The value as the type of default, if that keeps it: PyYAML reads 5e-2 as text. ValueError."""
+    kind = type(default)
+    if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
+        raise ValueError(f"{key}: {value!r} is not of type {kind.__name__}")
+    number = 0.0 if kind is str else float(value)
+    if not math.isfinite(number) or (kind is int and number % 1):
+        raise ValueError(f"{key}: {value!r} is not of type {kind.__name__}")
+    return value if kind is str else kind(number)
+
+
+def read_sampling(official, size):
+    """
+    The samplers in a config.yml -> sampler, steps, gamma, w, cfg; by_steps: what differs from them
+    at other numbers of steps. Their entries hold lists of values to try; the first one counts.
+    """
+    entries = list(official.get('sampling_configs', []))
+    named = os.path.basename(str(official.get('sampling_configs_path', '')))
+    if 'teacher_path' in official or 'pd_step_size' in official:        # progressive distillation
+        named = FEW_STEP
+    elif official.get('max_input_length') and not entries and not named:
+        named = CONDITIONAL
+    entries += PUBLISHED_SAMPLING.get(named, [])
+    samplers = {}
+    for entry in entries or [{}]:
+        entry = SAMPLING_DEFAULTS | entry
+        if entry['sampling_method'] not in ('ode', 'sde'):
+            raise ValueError(f"sampling_method: {entry['sampling_method']!r} is not ode or sde")
+        sampler = dict(sampler=entry['sampling_method'],
+                       gamma=to_type('sde_gamma', entry['sde_gamma'], 0.0),
+                       w=to_type('self_cond_cfg_scales', entry['self_cond_cfg_scales'][0], 0.0),
+                       cfg=to_type('cfgs', entry['cfgs'][0], 0.0))
+        grid = entry['time_schedule']
+        if grid != 'logit_normal':
+            print(f"config.yml samples on a {grid} grid: give --grid={grid} for the same")
+        for steps in entry['num_sampling_steps']:
+            samplers.setdefault(to_type('num_sampling_steps', steps, 0), sampler)
+    steps = list(samplers)[0]
+    if named == UNCONDITIONAL and size in ('ELF-M', 'ELF-L'):
+        steps = 64
+    elif named == FEW_STEP:
+        steps = 8
+    settings = dict(samplers.pop(steps), steps=steps, by_steps={})
+    for name in ('sampler', 'steps', 'gamma', 'w', 'cfg'):      # our exports had these once
+        settings[name] = to_type(name, official.get(name, settings[name]), settings[name])
+    for steps, sampler in samplers.items():
+        differs = {name: x for name, x in sampler.items() if x != settings[name]}
+        if differs:
+            settings['by_steps'][steps] = differs
+    return settings

@@ -1,0 +1,184 @@
+"""
+data.py: bins read and refused, the order of rows, what a batch says of itself, text files.
+    python -m pytest -q tests/test_data.py
+"""
+import json
+import os
+import random
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from configurator import UserError
+from data import (FILES, cut_at_eos, get_rows, load_tokenizer, open_bins, open_split, printable,
+                  read_inputs, read_jsonl, read_row, row_seed, rows_at, sha256, write_jsonl,
+                  write_split)
+from model import ELFConfig, encode_rows
+
+
+@pytest.fixture
+def tiny_set(bins, tmp_path):
+    """A copy of the set 'tiny' in tmp_path, with checksums -> its folder."""
+    folder = shutil.copytree(bins / 'tiny', tmp_path / 'tiny')
+    change_meta(folder, checksums={name: sha256(folder / name) for name in FILES})
+    return folder
+
+
+def change_meta(folder, **changes):
+    meta = json.loads((folder / 'meta.json').read_text())
+    (folder / 'meta.json').write_text(json.dumps(meta | changes))
+
+
+def refused(folder, says=None, verify=False):
+    """open_bins refuses the set, in one line that says this."""
+    with pytest.raises(UserError, match=says) as e:
+        open_bins(str(folder.parent), folder.name, verify)
+    assert '\n' not in str(e.value) and 'prepare' in str(e.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# bins
+
+def test_open_bins(tiny_set):
+    for verify in (False, True):
+        meta = open_bins(str(tiny_set.parent), 'tiny', verify)
+    assert meta['dir'] == str(tiny_set) and meta['rows'] == dict(train=96, val=24)
+    assert meta['tokenizer'] == str(tiny_set / 'tokenizer')     # beside the bins
+    change_meta(tiny_set, encoder='t5-small')
+    assert open_bins(str(tiny_set.parent), 'tiny')['encoder'] == 't5-small'     # on the hub
+    ids, index = open_split(meta, 'val')
+    assert ids.shape == (24 * 13,) and index.shape == (24, 2)
+
+
+def test_a_swap_that_was_cut_short_is_finished(tiny_set):
+    tiny_set.rename(tiny_set.parent / '.tiny.old')
+    assert open_bins(str(tiny_set.parent), 'tiny')['rows']['val'] == 24
+    assert os.listdir(tiny_set.parent) == ['tiny']
+
+
+@pytest.mark.parametrize('changes, says', [
+    (dict(dtype='int8'), 'dtype'), (dict(pad_id=30), 'pad_id 30'), (dict(eos_id=-1), 'eos_id -1'),
+    (dict(latent_dim=0), 'latent_dim'), (dict(max_length=0), 'max_length'),
+    (dict(latent_std=0), 'std 0'), (dict(latent_std=float('nan')), 'std nan'),
+    (dict(latent_mean=float('inf')), 'mean inf'), (dict(rows=3), 'damaged'),
+    (dict(vocab_size=None), 'damaged'), (dict(dtype='uint32'), 'speaks of 1248 uint32 tokens'),
+    (dict(rows=dict(train=95, val=24)), 'speaks of 95 rows')])
+def test_metadata_that_cannot_be(tiny_set, changes, says):
+    change_meta(tiny_set, **changes)
+    refused(tiny_set, says)
+
+
+@pytest.mark.parametrize('name', ['meta.json', *FILES])
+def test_files_that_are_gone_or_cut(tiny_set, name):
+    data = (tiny_set / name).read_bytes()
+    (tiny_set / name).write_bytes(data[:-1])
+    refused(tiny_set, re.escape(str(tiny_set)))
+    (tiny_set / name).unlink()
+    refused(tiny_set, f'{name} not found; run: python prepare.py --dataset=tiny')
+
+
+@pytest.mark.parametrize('name', ['train.bin', 'val.idx.npy'])
+def test_damaged_bins_are_refused(tiny_set, name):
+    """Cut at each of the last lengths, or with one bit turned at random places."""
+    whole, rng = (tiny_set / name).read_bytes(), random.Random(1)
+    damaged = [whole[:-n] for n in range(1, 65)]
+    for _ in range(200):
+        data, at = bytearray(whole), rng.randrange(len(whole))
+        data[at] ^= 1 << rng.randrange(8)
+        damaged.append(data)
+    for data in damaged:
+        (tiny_set / name).write_bytes(data)
+        refused(tiny_set, verify=True)
+
+
+def test_read_row():
+    ids, index = np.arange(9).view(np.memmap), np.array([[0, 2], [3, 3], [5, 9]])
+    ids.filename = 'train.bin'
+    rows = [[part.tolist() for part in read_row(ids, index, r)] for r in range(3)]
+    assert rows == [[[0, 1], [2]], [[], [3, 4]], [[5, 6, 7, 8], []]]
+    for wrong in ([[4, 3], [5, 5]], [[0, 6], [5, 5]], [[-1, 0], [5, 5]]):
+        with pytest.raises(UserError, match='row 0 of train.bin has offsets'):
+            read_row(ids, np.array(wrong), 0)
+
+
+def test_get_rows_pads_cuts_and_marks(tmp_path):
+    rows = [([10, 11, 12, 1], [20, 1]), ([], [30, 1]), ([40, 41, 42, 43, 1], [44, 1])]
+    assert write_split(str(tmp_path), 'train', rows, np.uint16, 99) == (3, 15, 7)
+    meta = dict(dir=str(tmp_path), dtype='uint16', vocab_size=99, pad_id=0, eos_id=1)
+    c = ELFConfig(max_length=5, max_input_length=3)
+    ids, valid, cond = get_rows(meta, 'train', [2, 0, 1], c)
+    assert ids.tolist() == [[40, 41, 42, 44, 1], [10, 11, 12, 20, 1], [30, 1, 0, 0, 0]]
+    assert ids.dtype == torch.int64 and valid.dtype == cond.dtype == torch.bool
+    assert valid.sum(1).tolist() == [5, 5, 2] and cond.sum(1).tolist() == [3, 3, 0]
+    assert valid[2, 0] and cond[0, 0]       # each mask begins at the left
+    c.pad_token, c.max_length = 'eos', 4
+    assert get_rows(meta, 'train', [1, 0], c)[0].tolist() == [[30, 1, 1, 1], [10, 11, 12, 20]]
+    meta['vocab_size'] = 44
+    with pytest.raises(UserError, match='token id 44, the vocabulary ends at 43'):
+        get_rows(meta, 'train', [2], ELFConfig(max_length=8, max_input_length=3))
+
+
+@pytest.mark.parametrize('pad, counts', [('pad', [0, 0, 1, 1, 0, 0]), ('eos', [0, 0, 1, 1, 1, 1])])
+def test_encode_rows_says_what_counts_and_whose_condition_is_dropped(pad, counts):
+    batch = [torch.arange(6)[None], torch.tensor([[1, 1, 1, 1, 0, 0]]).bool(),
+             torch.tensor([[1, 1, 0, 0, 0, 0]]).bool()]
+    drop, seen = torch.tensor([True]), []
+
+    def encoder(*args):
+        seen.extend(args)
+        return 'latents'
+    draws, c = SimpleNamespace(drop_cond=drop), ELFConfig(pad_token=pad)
+    x0, tokens, loss_mask, cond = encode_rows(encoder, batch, draws, c, torch.device('cpu'))
+    assert x0 == 'latents' and loss_mask.int().tolist() == [counts]
+    assert torch.equal(tokens, batch[0]) and torch.equal(cond, batch[2])
+    assert all(map(torch.equal, seen, [*batch, drop]))
+
+
+# --------------------------------------------------------------------------------------------------
+# order
+
+def test_every_epoch_sees_each_row_once():
+    rows = np.concatenate([rows_at(10, 1, first, 4) for first in range(0, 40, 4)])
+    for epoch in rows.reshape(4, 10):
+        assert sorted(epoch) == list(range(10))
+    assert not np.array_equal(rows[:10], rows[10:20])
+    assert np.array_equal(rows_at(10, 1, 8, 25), rows[8:33])
+    assert not np.array_equal(rows_at(10, 2, 0, 40), rows)
+
+
+def test_seeds_of_neighbours_share_nothing():
+    seeds = {row_seed(s, i) for s in range(30) for i in range(30)}
+    assert len(seeds) == 900 and all(0 <= s < 2**63 for s in seeds) and max(seeds) > 2**62
+
+# --------------------------------------------------------------------------------------------------
+# text
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(bins):
+    name = str(bins / 'tiny' / 'tokenizer')
+    assert len(load_tokenizer(name)) == len(load_tokenizer(name, 30)) == 30
+    assert len(load_tokenizer(name, 32)) == 30      # T5's own: 32100 ids, 32128 rows
+    with pytest.raises(UserError, match="has 30 ids, the model's vocabulary 29"):
+        load_tokenizer(name, 29)
+    with pytest.raises(UserError, match='no tokenizer: .*neither a folder'):
+        load_tokenizer(str(bins / 'none'))
+
+
+def test_cut_at_eos_and_printable():
+    assert cut_at_eos([5, 1, 6], 1) == [5] and cut_at_eos([5, 6], 1) == [5, 6]
+    assert cut_at_eos([1], 1) == []
+    assert printable('a\x1b[2Jb\nc é') == 'a\\x1b[2Jb c é'
+
+
+def test_json_lines(tmp_path):
+    file = str(tmp_path / 'x.jsonl')
+    write_jsonl(file, [dict(input='é', ids=[3], x=float('nan')), dict(source='b', input='c')])
+    assert os.listdir(tmp_path) == ['x.jsonl']
+    (first, a), (_, b) = read_jsonl(file)
+    assert first == f'{file}, line 1' and a == dict(input='é', x=None) and b['source'] == 'b'
+    with pytest.raises(TypeError):      # what cannot be written leaves the old file
+        write_jsonl(file, [dict(input='new'), dict(input=object())])
+    assert [row['input'] for row in read_inputs(file)] == ['é', 'c']

@@ -1,0 +1,87 @@
+"""
+distill.py: the official targets, and what a student learns from a teacher.
+
+    python -m pytest tests/test_distill.py
+"""
+import pytest
+import torch
+from test_model import batch, golden, official, rel, small  # noqa: F401, official is a fixture
+
+from distill import distill_loss, draw_times, pd_target
+
+
+@pytest.mark.parametrize('case', ['steps1', 'steps4', 'steps4_uniform', 'span0'])
+def test_targets_are_the_official_ones(official, case):
+    p, _ = golden('pd.npz')
+    cond = p['cond_seq_mask'].bool()
+    start, end = p['t_s'], p['t_t']
+    if case == 'span0':
+        start = end = torch.ones(4)
+    k = 1 if case == 'steps1' else 4
+    times = start[:, None] + (end - start)[:, None] * torch.linspace(0, 1, k + 1)
+    if case == 'steps4':
+        times = p['steps4/sub_step_times']
+    target = pd_target(official, p['z_t_s'], times, p['self_cond_cfg_scale'], p['sc_half'],
+                       p['x0'], cond)
+    assert rel(target[~cond], p[f'{case}/target'][~cond]) < 1e-5
+
+
+def test_times_stay_in_the_step_and_rise():
+    c = small().config
+    t = torch.rand(500, generator=torch.Generator().manual_seed(0))
+    times = draw_times(c, t, 4, 8, torch.Generator().manual_seed(1))
+    assert times.shape == (500, 9)
+    assert torch.allclose(times[:, 0], 0.75 * t) and torch.allclose(times[:, -1], 0.75 * t + 0.25)
+    assert (times.diff(dim=1) >= 0).all()
+    inner = ((times[:, 1:-1] - times[:, :1]) * 4).logit()
+    assert abs(inner.mean() - c.t_mean) < 0.05 and abs(inner.std() - c.t_std) < 0.05
+    assert draw_times(c, t, 1, 1, None).unique().tolist() == [0, 1]
+
+
+def losses(**flags):
+    """A student, its teacher, and what distill_loss gives for a batch with these flags."""
+    student, teacher = small(0), small(1)
+    x0, tokens, mask, cond, d = batch(student, **flags)
+    times = draw_times(student.config, d.t, 4, 3, torch.Generator().manual_seed(2))
+    return student, teacher, (x0, tokens, mask, cond, d, times)
+
+
+def test_a_row_is_compared_with_what_the_teacher_reaches():
+    """Row by row, as the official step has it, with z, guess and target made by hand."""
+    flags = dict(is_decode=[0, 1, 0, 0, 1, 0], self_cond=[1, 1, 0, 1, 0, 0], drop_cond=False)
+    student, teacher, (x0, tokens, mask, cond, d, times) = losses(**flags)
+    loss, parts = distill_loss(student, teacher, x0, tokens, mask, cond, d, times)
+    want = []
+    for i in range(6):
+        keep, w, s = cond[i:i + 1, :, None].bool(), d.w[i:i + 1], times[i:i + 1, 0]
+        clean, noise = x0[i:i + 1], student.config.noise_scale * d.noise[i:i + 1]
+        if d.is_decode[i]:
+            noise = student.config.decoder_noise_scale * d.decode_noise[i:i + 1]
+            z = d.lam[i] * clean + (1 - d.lam[i]) * noise
+            logits = student.decode(z, w)[0]
+            error = torch.nn.functional.cross_entropy(logits, tokens[i], reduction='none')
+        else:
+            z = torch.where(keep, clean, s * clean + (1 - s) * noise)
+            x_prev = torch.where(keep, clean, 0.0)
+            if d.self_cond[i]:
+                x_prev = torch.where(keep, clean, teacher.denoise(z, x_prev, s, w))
+            target = pd_target(teacher, z, times[i:i + 1], w, x_prev, clean, cond[i:i + 1])
+            error = (student.denoise(z, x_prev, s, w) - target).square().mean(-1)[0]
+        want.append((error * mask[i]).sum() / mask[i].sum())
+    assert loss.item() == pytest.approx(torch.stack(want).mean().item(), rel=1e-5)
+    assert parts['ce'].item() == pytest.approx(((want[1] + want[4]) / 2).item(), rel=1e-5)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_one_step():
+    student, _, (x0, tokens, mask, cond, d, times) = losses(is_decode=False)
+    d.self_cond[:] = True
+    times = times[:, [0, -1]]       # the teacher walks in one step, too
+    loss, _ = distill_loss(student, student, x0, tokens, mask, cond, d, times)
+    assert loss.item() < 1e-10
+
+
+def test_the_teacher_gets_no_gradient_and_the_student_all():
+    student, teacher, args = losses(is_decode=[0, 1, 0, 0, 1, 0])
+    distill_loss(student, teacher, *args)[0].backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in student.parameters())
