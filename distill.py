@@ -1,6 +1,6 @@
 """
-Students that write in few steps: a frozen teacher walks a student's step in many small ones, and the
-student learns the clean latent that takes it to the same place in one.
+Students that write in few steps: a frozen teacher walks a student's step in many small ones, and
+the student learns the clean latent that takes it to the same place in one.
 
 Progressive distillation as in the official code's branch `distillation` (utils/distill_utils.py,
 distill_train_step.py). train.py runs it: see config/owt_elf_b_pd.py.
@@ -8,13 +8,35 @@ distill_train_step.py). train.py runs it: see config/owt_elf_b_pd.py.
 import torch
 import torch.nn.functional as F
 
-from model import velocity
+from configurator import UserError
+from data import check_vocabulary
+from model import ELF, velocity
+
+
+def load_teacher(config, meta, init_from):
+    """The teacher that train.py's settings ask for -> frozen ELF. UserError if it cannot teach."""
+    source, steps, substeps = (config[k] for k in ('teacher', 'distill_steps', 'distill_substeps'))
+    if min(steps, substeps) < 1:
+        raise UserError(f"distill_steps={steps}, distill_substeps={substeps}: with a teacher both "
+                        "start at 1")
+    if init_from == 'scratch':
+        raise UserError(f"a student starts from weights: --init_from={source}, or those of a "
+                        "student with more steps")
+    teacher = ELF.from_pretrained(source).requires_grad_(False)
+    check_vocabulary(meta, teacher.config, source)
+    for k in ('noise_scale', 'latent_mean', 'latent_std'):
+        theirs, ours = getattr(teacher.config, k), {**meta, **config}[k]
+        if theirs != ours:
+            raise UserError(f"teacher {source} has {k}={theirs}, its student would have {ours}; "
+                            "they must be alike")
+    return teacher
 
 
 def draw_times(c, t, steps, substeps, generator):
     """
-    Where the teacher stops within a student's step of length 1 / steps: its start is the row's t (B,)
-    squeezed into what leaves room for it, the stops inside are draws as of t -> (B, substeps+1).
+    Where the teacher stops within a student's step of length 1 / steps: its start is the row's t
+    (B,) squeezed into what leaves room for it, the stops inside are draws as of t
+    -> (B, substeps+1).
     """
     normal = torch.randn(len(t), substeps - 1, generator=generator)
     inner = torch.sigmoid(c.t_mean + c.t_std * normal).sort(dim=1).values
@@ -25,10 +47,10 @@ def draw_times(c, t, steps, substeps, generator):
 @torch.no_grad()
 def pd_target(teacher, z, times, w, x_prev, cond=None, cond_mask=None):
     """
-    The clean latent towards which one step goes where the teacher goes in many [teacher_pd_target].
-    z (B, T, C) at times[:, 0]; times (B, k+1) of the teacher's ODE steps; w (B,); x_prev (B, T, C) the
-    guess that teacher and student are fed first; cond, cond_mask: clean latents that are held
-    -> (B, T, C). A step without length has the teacher's own last guess as its target.
+    The clean latent towards which one step goes where the teacher goes in many, (B, T, C)
+    [teacher_pd_target]. z (B, T, C) at times[:, 0]; times (B, k+1) of the teacher's ODE steps;
+    w (B,); x_prev (B, T, C) the guess that teacher and student are fed first; cond, cond_mask:
+    clean latents that are held. A step without length has the teacher's last guess as its target.
     """
     keep = torch.zeros_like(z[..., :1], dtype=torch.bool)
     keep = keep if cond_mask is None else cond_mask.bool()[..., None]

@@ -30,6 +30,7 @@ from data import (check_vocabulary, cut_at_eos, get_rows, load_tokenizer, open_b
                   read_inputs, read_jsonl, read_row, to_json, write_jsonl)
 from device import (autocast, describe, gather, join_ranks, own_device, pack_linears, pick_device,
                     print0, rank_and_world)
+from distill import distill_loss, draw_times
 from model import TextEncoder, compute_loss, draw, encode_rows
 from sample import load_model, resolve_sampling, sample_texts
 
@@ -340,11 +341,13 @@ def t_edges(c):
 
 
 @torch.no_grad()
-def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, rank=0, world=1):
+def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, rank=0, world=1,
+                  distill=None):
     """
     Validation loss on fixed rows with fixed draws -> {'loss', 'l2', 'ce', 'l2_bins'}, numbers, the
     same on every rank and for every number of ranks. Batch k has its t in bin k % T_BINS, so that
     the bins come for free and l2, their mean, is the training loss with less variance.
+    distill: the teacher, distill_steps and distill_substeps of a student, whose l2 is its own.
     """
     c = net.config
     batches = math.ceil(eval_iters / T_BINS) * T_BINS
@@ -357,7 +360,12 @@ def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, rank=0, wo
         draws.t = torch.sigmoid(c.t_mean + c.t_std * normal).float().to(device)
         rows = np.arange(k * batch_size, (k + 1) * batch_size) % meta['rows']['val']
         batch = encode_rows(encoder, get_rows(meta, 'val', rows, c), draws, c, device)
-        _, part = compute_loss(net, *batch, draws)
+        if distill:
+            teacher, *steps = distill
+            times = draw_times(c, draws.t, *steps, generator)
+            _, part = distill_loss(net, teacher, *batch, draws, times)
+        else:
+            _, part = compute_loss(net, *batch, draws)
         parts[k] = {name: x.item() for name, x in part.items()}
     for share in gather(parts, dist.group.WORLD if world > 1 else None):
         parts |= share
@@ -366,22 +374,22 @@ def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, rank=0, wo
     losses = defaultdict(list)
     for k in range(batches):
         for name, x in parts[k].items():
-            losses[name if name == 'ce' else k % T_BINS].append(x)
-    l2_bins = [mean(losses[i]) for i in range(T_BINS)]
-    l2 = mean([x for x in l2_bins if not math.isnan(x)])
-    ce = mean(losses['ce'])
+            losses[k % T_BINS if name == 'l2' else name].append(x)
+    l2_bins = [mean(losses.pop(i, [])) for i in range(T_BINS)]
+    means = dict(l2=mean([x for x in l2_bins if not math.isnan(x)]), ce=math.nan)
+    means |= {name: mean(values) for name, values in losses.items()}
     loss = 0.0
-    for share, x in ((1 - c.decoder_prob, l2), (c.decoder_prob, ce)):
-        loss += share * x if share else 0.0     # a branch that is off has no mean
-    return dict(loss=loss, l2=l2, ce=ce, l2_bins=l2_bins)
+    for share, name in ((1 - c.decoder_prob, 'l2'), (c.decoder_prob, 'ce')):
+        loss += share * means[name] if share else 0.0       # a branch that is off has no mean
+    return dict(loss=loss, **means, l2_bins=l2_bins)
 
 
 def describe_val(val, c):
     """What estimate_loss found, for the log."""
     edges = t_edges(c)
     bins = [f"{a:.2f}-{b:.2f}: {x:.3f}" for a, b, x in zip(edges, edges[1:], val['l2_bins'])]
-    return (f"val loss {val['loss']:.4f} (l2 {val['l2']:.4f}, ce {val['ce']:.4f}) | l2 by t "
-            + ' '.join(bins))
+    parts = [f"{k} {x:.4f}" for k, x in val.items() if k not in ('loss', 'l2_bins')]
+    return f"val loss {val['loss']:.4f} ({', '.join(parts)}) | l2 by t {' '.join(bins)}"
 
 
 def read_series(file):
@@ -392,7 +400,7 @@ def read_series(file):
     """
     series, broken = defaultdict(dict), 0
     with open(file, encoding='utf-8', errors='replace') as f:
-        for line in f:
+        for line in filter(str.strip, f):
             try:
                 row = json.loads(line)
                 iteration = row.get('iter')

@@ -18,6 +18,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
+from operator import itemgetter
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from data import (check_bins, check_vocabulary, get_rows, load_tokenizer, open_b
                   read_inputs, row_seed, rows_at, to_json, write_jsonl)
 from device import (PEAK_FLOPS, autocast, compile_in_place, describe, gather, join_ranks, largest,
                     mean_over_ranks, own_device, pick_device, print0, rank_and_world)
+from distill import distill_loss, draw_times, load_teacher
 from eval import describe_val, estimate_loss, plot_losses
 from model import ELF, ELFConfig, TextEncoder, compute_loss, draw, encode_rows, estimate_flops
 from muon import make_optimizer
@@ -82,6 +84,10 @@ decoder_mean = 0.8          # of the logit-normal share of x0 at each position
 decoder_std = 0.8
 decoder_noise_scale = 5.0   # 1.0 for the conditional tasks
 drop_cond_prob = 0.0        # share of rows that lose their condition, for CFG; 0.1 there
+# distillation (distill.py): a student that starts from weights writes in few steps
+teacher = ''                # frozen, a path or hub id; '' = none
+distill_steps = 0           # the student's steps of a text
+distill_substeps = 0        # the teacher's steps in one of the student's
 # optimization
 optimizer = 'muon'          # 'muon' (Nesterov Adam for what is not a matrix) or 'adamw' (0.9, 0.95)
 ns_dtype = 'float32'        # of Muon's Newton-Schulz; 'bfloat16' is faster on GPUs and less exact
@@ -233,9 +239,12 @@ if __name__ == '__main__':
         raw_model.load_state_dict(ckpt['model'])
         ema.load_state_dict(ckpt['ema'])
         opt.load_state_dict(ckpt['optimizer'])
+    if teacher:
+        teacher_net = load_teacher(config, meta, init_from).to(device)
     compiled = compile and compile_in_place(raw_model, device)
-    if compiled:
-        text_encoder.compile(dynamic=False)
+    for module in (text_encoder, *([teacher_net] if teacher else [])):
+        if compiled:
+            module.compile(dynamic=False)
     net = raw_model
     if host_group:
         # no buffers to broadcast: a rank whose rows need no first guess skips that pass alone
@@ -292,12 +301,16 @@ if __name__ == '__main__':
         batch = get_rows(meta, 'train', rows, c)
         if device.type == 'cuda':
             batch = [a.pin_memory() for a in batch]
-        return batch, draw(c, batch_size, max_length, generator, device)
+        draws, times = draw(c, batch_size, max_length, generator, device), None
+        if teacher:
+            times = draw_times(c, draws.t, distill_steps, distill_substeps, generator)
+        return batch, draws, times
 
     def validate():
         with ctx:
+            distill = (teacher_net, distill_steps, distill_substeps) if teacher else None
             val = estimate_loss(raw_model, text_encoder, meta, eval_iters, batch_size, device,
-                                rank, world)
+                                rank, world, distill)
         bar.clear()
         print0(f"iter {iter_num}: {describe_val(val, c)}", flush=True)
         log(iter=iter_num, **{'val_' + k: v for k, v in val.items()})
@@ -325,6 +338,7 @@ if __name__ == '__main__':
     # ---- the loop -------------------------------------------------------------------------------
     flops = estimate_flops(c, max_length) * rows_per_step / world
     peak = next((v for k, v in PEAK_FLOPS.items() if k in device_name and bf16), None)
+    peak = None if teacher else peak        # its passes are not estimated
     bar = tqdm(total=max_iters, initial=iter_num, desc='training', unit='it',
                disable=None if master else True)
     saved = iter_num if init_from == 'resume' else -1
@@ -346,10 +360,14 @@ if __name__ == '__main__':
             # must hold forward and backward, else DDP reduces in every micro-step all the same
             accumulate = host_group and micro_step < micro_steps - 1
             with net.no_sync() if accumulate else nullcontext():
-                rows, draws = batch.result()
+                rows, draws, times = batch.result()
                 with ctx:
                     x0, ids, loss_mask, cond = encode_rows(text_encoder, rows, draws, c, device)
-                    loss, parts = compute_loss(net, x0, ids, loss_mask, cond, draws)
+                    if teacher:
+                        loss, parts = distill_loss(net, teacher_net, x0, ids, loss_mask, cond,
+                                                   draws, times)
+                    else:
+                        loss, parts = compute_loss(net, x0, ids, loss_mask, cond, draws)
                 batch = loader.submit(next_batch, iter_num, micro_step + 1)     # meanwhile
                 (loss / micro_steps).backward()
             for name, value in dict(loss=loss.detach(), **parts).items():
@@ -400,7 +418,7 @@ if __name__ == '__main__':
             with ctx:
                 texts = list(sample_texts(ema, tok, numbers, 4, seed, device, how, inputs,
                                           text_encoder))
-            texts = sum(gather(texts, host_group), [])
+            texts = sorted(sum(gather(texts, host_group), []), key=itemgetter('id'))
             bar.clear()
             print0(f"iter {iter_num}: sampled | {printable(texts[0]['generated'])[:120]}")
             if master:

@@ -1,0 +1,22 @@
+# The demo in few steps: one round of distillation straight to four, from the demo's own weights.
+# What it does not say is the demo's, whose file comes first:
+#
+#   python train.py config/demo.py config/demo_distill.py
+#   python sample.py --out_dir=out/demo_4
+
+init_from = 'out/demo'
+teacher = 'out/demo'
+out_dir = 'out/demo_4'
+distill_steps = 4
+distill_substeps = 16
+
+learning_rate = 0.003
+max_iters = 500
+warmup_iters = 20
+ema_decay = 0.98            # an average over 50 steps
+eval_interval = 250
+save_interval = 250
+sample_interval = 250
+
+steps = 4                   # of sampling, and how much of it is re-noised
+gamma = 0.5
