@@ -216,9 +216,9 @@ def note_signals():
     def note(number, frame):
         global last_signal
         # torchrun and the terminal, or a scheduler, may both send the first one
-        again = signals and time.time() - last_signal > 3
-        signals.append(number)
+        again = len(signals) > 0 and time.time() - last_signal > 3
         last_signal = time.time()
+        signals.append(number)
         if number == signal.SIGINT and again and not saving:
             raise KeyboardInterrupt
     signals.clear()

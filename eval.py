@@ -4,24 +4,23 @@ How good are the texts? Sample a checkpoint, or take a file of texts, and measur
     python eval.py --out_dir=out/demo --dataset=pydocs --judge=ngram    # no download
     python eval.py --init_from=embedded-language-flows/ELF-B-owt-torch  # the official protocol
     python eval.py --samples=out/samples.jsonl    # score what exists; with 'target': BLEU and ROUGE
+    python eval.py --out_dir=out/demo --dataset=pydocs --judge=ngram --num_samples=200 \\
+        --sweep="steps=4,8,16,32 gamma=0,1,1.5,2,3"     # table and picture; run again, it goes on
 
 Read the columns together: repetition lowers the perplexity of a judge, and entropy and distinct-4
 with it; what is copied from the training text is made of words and has a low perplexity, too.
 """
-import json
 import math
 import os
 import re
 import sys
 import time
-from collections import Counter, defaultdict
-from functools import lru_cache
+from collections import defaultdict
 from operator import itemgetter
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import make_out_dir
@@ -31,8 +30,13 @@ from data import (check_vocabulary, cut_at_eos, get_rows, load_tokenizer, open_b
 from device import (autocast, describe, gather, join_ranks, own_device, pack_linears, pick_device,
                     print0, rank_and_world)
 from distill import distill_loss, draw_times
+from metrics import (count_tokens, find_targets, load_judge, mean, measure, over_runs, print_gap,
+                     print_table, train_ngram)
+from metrics import bleu, entropy, gen_ppl, rouge  # noqa: F401, for those who import them from here
 from model import TextEncoder, compute_loss, draw, encode_rows
 from sample import load_model, resolve_sampling, sample_texts
+from sweep import (LEFT_OUT, REAL, combinations, find_done, make_plan, names_of, passes, plot_sweep,
+                   read_rows, sampler_of, save_figure, stamp)
 
 # --------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); texts and metrics.jsonl go here
@@ -54,6 +58,8 @@ gamma = -1.0                # of the SDE: how much is re-noised
 w = -1.0                    # self-conditioning guidance strength
 cfg = -1.0                  # classifier-free guidance on the condition, 1 = off
 grid = 'logit_normal'       # times: 'logit_normal', 'quantile', 'uniform'
+sweep = ''                  # values of these six, and of out_dir or init_from: all combinations;
+                            # to sweep.jsonl and sweep.png in out_dir, without validation loss
 judge = 'auto'              # causal LM (folder or hub id), 'ngram' (no download), 'none';
                             # 'auto' = gpt2-large, none if there are targets
 judge_batch_size = 16       # texts judged at once
@@ -62,272 +68,6 @@ seed = 1337                 # text i depends on (seed, i) alone
 seeds = ''                  # several, such as 42,123,456: mean and standard error over them
 device = 'auto'             # 'cuda', 'mps', 'cpu', 'auto' = the first of these that is there
 dtype = 'auto'              # of sampling: 'float32' or 'bfloat16'; the judge is always float32
-# --------------------------------------------------------------------------------------------------
-# metrics that need no judge; ids are lists of tokens
-
-def mean(numbers):
-    """Average a list of numbers; nan if it is empty."""
-    return sum(numbers) / len(numbers) if numbers else math.nan
-
-
-def entropy(ids):
-    """
-    Unigram entropy of one list of ids, nats: log of the number of equally likely tokens it amounts
-    to. 0.0 when empty.
-    """
-    shares = [n / len(ids) for n in Counter(ids).values()]
-    return -sum(p * math.log(p) for p in shares) + 0.0
-
-
-def repetition(ids_list):
-    """
-    Share of tokens that lie in a 5-gram that its own text holds three times or more; all texts as
-    one pool.
-    """
-    inside = 0
-    for ids in ids_list:
-        grams = [tuple(ids[i:i + 5]) for i in range(len(ids) - 4)]
-        counts = Counter(grams)
-        repeated = set()
-        for i, gram in enumerate(grams):
-            if counts[gram] >= 3:
-                repeated.update(range(i, i + 5))
-        inside += len(repeated)
-    return inside / max(1, sum(map(len, ids_list)))
-
-
-def duplicates(texts):
-    """Share of texts that equal an earlier one."""
-    return 1 - len(set(texts)) / len(texts) if texts else 0.0
-
-
-def distinct(ids_list, n=4, limit=None):
-    """
-    Share of different ones among all n-grams of a set of texts, none across two texts. The share
-    falls as a set grows: compare sets of as many tokens, the first `limit` of each.
-    """
-    grams, left = [], sum(map(len, ids_list)) if limit is None else limit
-    for ids in ids_list:
-        ids = ids[:left]
-        left -= len(ids)
-        grams += [tuple(ids[i:i + n]) for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))
-
-
-def words(texts, vocabulary):
-    """
-    Share of the inner words of texts that are in vocabulary, a set, and the same share of those
-    longer than three letters. Inner: neither a text's first nor its last, which may be cut. nan
-    where there are none.
-    """
-    inner = [word for text in texts for word in text.split()[1:-1]]
-    long = [word for word in inner if len(word) > 3]
-    return mean([word in vocabulary for word in inner]), mean([word in vocabulary for word in long])
-
-
-@lru_cache(maxsize=1)
-def pieces(text, k):
-    """All runs of k characters of a text -> set."""
-    return {text[i:i + k] for i in range(len(text) - k + 1)}
-
-
-def known_stretches(text, known, k):
-    """The runs of a text whose pieces of k characters are all in known -> list, longest first."""
-    stretches, start = [], 0
-    for end in range(k, len(text) + 1):
-        if text[end - k:end] not in known:
-            stretches.append(text[start:end - 1])
-            start = end - k + 1
-    stretches.append(text[start:])
-    return sorted(stretches, key=len, reverse=True)
-
-
-def copied(texts, training_text, k=12):
-    """
-    The longest run of characters that each text shares with training_text -> list of lengths, 0 for
-    less than k. White space of any kind and length counts as one space.
-    """
-    training_text = ' '.join(training_text.split())
-    known, lengths = pieces(training_text, k), []
-    for text in texts:
-        longest = k - 1
-        # a shared run lies in such a stretch: that spares nearly all searches, which are slow
-        for stretch in known_stretches(' '.join(text.split()), known, k):
-            at = 0
-            for end in range(longest + 1, len(stretch) + 1):
-                # where the run only grew at its end, it is nowhere before the shorter one's place
-                found = training_text.find(stretch[end - longest - 1:end], at)
-                at = max(found, 0)
-                if found >= 0:
-                    longest += 1
-        lengths.append(longest if longest >= k else 0)
-    return lengths
-
-
-def bleu(hyps, refs, cased=False):
-    """
-    Corpus BLEU, 0 to 100: the official code's (lower case, effective order), or sacreBLEU's
-    standard cased one.
-    """
-    import sacrebleu
-    assert len(hyps) == len(refs), f"{len(hyps)} texts, {len(refs)} references"
-    official = {} if cased else dict(lowercase=True, use_effective_order=True)
-    return sacrebleu.corpus_bleu(hyps, [refs], **official).score
-
-
-def rouge(hyps, refs):
-    """ROUGE-1, -2 and -L, stemmed: F-measure * 100 of each pair, then the plain mean."""
-    from rouge_score import rouge_scorer
-    assert len(hyps) == len(refs) > 0, f"{len(hyps)} texts, {len(refs)} references"
-    kinds = ('rouge1', 'rouge2', 'rougeL')
-    scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True)
-    scores = [scorer.score(ref, hyp) for hyp, ref in zip(hyps, refs)]
-    return {kind: mean([score[kind].fmeasure * 100 for score in scores]) for kind in kinds}
-
-# --------------------------------------------------------------------------------------------------
-# the judge without a download: an interpolated character n-gram, Witten-Bell smoothed
-
-def train_ngram(texts, n=5):
-    """
-    Counts of all 1- to n-grams within each text; per context the characters that followed it, all
-    and different ones.
-    """
-    grams = Counter()
-    for text in texts:
-        for k in range(1, n + 1):
-            grams.update(text[i:i + k] for i in range(len(text) - k + 1))
-    followers = {}
-    for gram, count in grams.items():
-        total, kinds = followers.get(gram[:-1], (0, 0))
-        followers[gram[:-1]] = total + count, kinds + 1
-    return dict(n=n, grams=grams, followers=followers)
-
-
-def ngram_p(char, context, ngram):
-    """
-    P(char | context): a context h seen N times with K different followers gives (count(h char) +
-    K * P(char | h without its first character)) / (N + K). Below the empty context: uniform over
-    the alphabet and one sign for all others.
-    """
-    grams, followers = ngram['grams'], ngram['followers']
-    p = 1 / (followers.get('', (0, 0))[1] + 1)
-    for k in range(len(context) + 1):
-        h = context[len(context) - k:]
-        if h not in followers:
-            break               # longer ones were not seen either
-        total, kinds = followers[h]
-        p = (grams.get(h + char, 0) + kinds * p) / (total + kinds)
-    return p
-
-
-def ngram_nats(texts, ngram):
-    """
-    Mean -log P of all characters of texts, nats; each text starts without context. nan if there are
-    none.
-    """
-    reach, nats = ngram['n'] - 1, 0.0
-    for text in texts:
-        for i, char in enumerate(text):
-            nats -= math.log(ngram_p(char, text[max(0, i - reach):i], ngram))
-    chars = sum(map(len, texts))
-    return nats / chars if chars else math.nan
-
-# --------------------------------------------------------------------------------------------------
-# the judge of the paper: a causal LM with GPT-2's vocabulary
-
-def gpt2_bpe(source):
-    """
-    Folder or hub id with vocab.json and merges.txt (or encoder.json, vocab.bpe): its byte-level BPE
-    -> tiktoken.Encoding.
-    """
-    import tiktoken
-    from huggingface_hub import hf_hub_download
-    from tiktoken_ext.openai_public import r50k_pat_str
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-    names = ('vocab.json', 'merges.txt')
-    if os.path.isfile(os.path.join(source, 'encoder.json')):
-        names = ('encoder.json', 'vocab.bpe')
-    what = "no judge with GPT-2's vocabulary (--judge=ngram needs no download)"
-    with from_hub(what, source):
-        contents = []
-        for name in names:
-            here = os.path.isdir(source)
-            path = os.path.join(source, name) if here else hf_hub_download(source, name)
-            with open(path, encoding='utf-8') as f:
-                contents.append(f.read())
-        vocab = json.loads(contents[0])
-        # the files write each byte as a visible sign
-        byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
-        merged = {}
-        for line in contents[1].split('\n'):
-            if line and not line.startswith('#version'):
-                merged[line.replace(' ', '')] = True
-        assert sorted(merged, key=vocab.get) == list(merged), "ids are not in the order of merges"
-        ranks = {}
-        for token in (*byte_of, *merged):
-            ranks[bytes(byte_of[char] for char in token)] = vocab[token]
-        special = {'<|endoftext|>': vocab['<|endoftext|>']}
-        return tiktoken.Encoding(source, pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                                 special_tokens=special)
-
-
-@lru_cache(maxsize=1)
-def load_judge(name, device):
-    """A causal LM from a folder or hub id, float32, and its BPE."""
-    from transformers import AutoModelForCausalLM
-    bpe = gpt2_bpe(name)
-    with from_hub("no judge (a causal LM)", name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().to(device)
-    if bpe.n_vocab > model.config.vocab_size:
-        raise UserError(f"judge {name!r} has {model.config.vocab_size} embeddings but a vocabulary "
-                        f"of {bpe.n_vocab}")
-    return model, bpe
-
-
-def judge_ids(texts, bpe, max_length=1024):
-    """The texts that are not blank as GPT-2 ids, cut to max_length -> list of lists."""
-    return [bpe.encode(text, allowed_special='all')[:max_length] for text in texts if text.strip()]
-
-
-@torch.no_grad()
-def gen_ppl(texts, judge, batch_size=16, device='cpu', max_length=1024):
-    """
-    Generative perplexity, the official JAX protocol [utils/metrics_utils.py], and the port's beside
-    it -> dict. Blank texts are left out, counted in 'empty'. GPT-2 ids, cut to max_length, filled
-    with EOS to the longest of the set. Scored: every token but a row's first that is no EOS or the
-    first EOS, so the first fill token too. gen_ppl = exp(sum nll / sum tokens) over all texts. The
-    port adds its two masks as numbers (JAX: or), so gen_ppl_port counts tokens between the first
-    and the second EOS twice. entropy: nats over the ids without fill, mean over texts.
-    """
-    model, bpe = load_judge(judge, str(device))
-    torch.set_float32_matmul_precision('highest')   # of a GPU: pick_device may have allowed TF32
-    eos = bpe.eot_token
-    limit = getattr(model.config, 'max_position_embeddings', max_length)
-    rows = judge_ids(texts, bpe, min(max_length, limit))
-    width = max(map(len, rows), default=0)
-    nll_sum, tokens = Counter(), Counter()
-    for first in tqdm(range(0, len(rows), batch_size), desc='judge', disable=None, leave=False):
-        part = rows[first:first + batch_size]
-        ids = torch.tensor([row + [eos] * (width - len(row)) for row in part], device=device)
-        lengths = torch.tensor([len(row) for row in part], device=device)
-        real = (torch.arange(width, device=device) < lengths[:, None]).long()           # (B, T)
-        logits = model(ids, attention_mask=real).logits                                 # (B, T, V)
-        # row by row: the float32 logits of a batch are gigabytes already
-        nll = torch.stack([F.cross_entropy(row[:-1], target[1:], reduction='none')
-                           for row, target in zip(logits, ids)]).cpu().double()         # (B, T-1)
-        token = (ids != eos).cpu()
-        first_eos = (~token).cumsum(1) == 1         # from the first EOS to before the second
-        for protocol, weight in (('jax', (token | first_eos).double()),
-                                 ('port', token.double() + first_eos.double())):
-            nll_sum[protocol] += (nll * weight[:, 1:]).sum().item()
-            tokens[protocol] += weight[:, 1:].sum().item()
-    ppl = {}
-    for protocol in ('jax', 'port'):
-        n = tokens[protocol]
-        ppl[protocol] = float(np.exp(nll_sum[protocol] / n)) if n else math.nan
-    return dict(gen_ppl=ppl['jax'], gen_ppl_port=ppl['port'], entropy=mean([*map(entropy, rows)]),
-                tokens=int(tokens['jax']), empty=len(texts) - len(rows))
-
 # --------------------------------------------------------------------------------------------------
 # the validation loss, and the curves of a run
 
@@ -371,17 +111,15 @@ def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, rank=0, wo
         parts |= share
 
     # in the order of the batches, whoever computed them: a sum's last bits depend on it
-    losses = defaultdict(list)
+    bins, others = [[] for _ in range(T_BINS)], defaultdict(list)
     for k in range(batches):
         for name, x in parts[k].items():
-            losses[k % T_BINS if name == 'l2' else name].append(x)
-    l2_bins = [mean(losses.pop(i, [])) for i in range(T_BINS)]
-    means = dict(l2=mean([x for x in l2_bins if not math.isnan(x)]), ce=math.nan)
-    means |= {name: mean(values) for name, values in losses.items()}
-    loss = 0.0
-    for share, name in ((1 - c.decoder_prob, 'l2'), (c.decoder_prob, 'ce')):
-        loss += share * means[name] if share else 0.0       # a branch that is off has no mean
-    return dict(loss=loss, **means, l2_bins=l2_bins)
+            (bins[k % T_BINS] if name == 'l2' else others[name]).append(x)
+    l2 = mean([mean(losses) for losses in bins if losses])
+    means = dict(l2=l2, ce=math.nan) | {name: mean(losses) for name, losses in others.items()}
+    shares = dict(l2=1 - c.decoder_prob, ce=c.decoder_prob)
+    loss = sum(share * means[name] for name, share in shares.items() if share)  # off: no mean
+    return dict(loss=loss, **means, l2_bins=[mean(losses) for losses in bins])
 
 
 def describe_val(val, c):
@@ -395,74 +133,58 @@ def describe_val(val, c):
 def read_series(file):
     """
     metrics.jsonl -> {name: {iteration: number}}. A run that was resumed has written again what came
-    after its checkpoint: the last line of an iteration counts. A kill can cut a line: what is no
-    JSON is left out, and said.
+    after its checkpoint: the last line of an iteration counts.
     """
-    series, broken = defaultdict(dict), 0
-    with open(file, encoding='utf-8', errors='replace') as f:
-        for line in filter(str.strip, f):
-            try:
-                row = json.loads(line)
-                iteration = row.get('iter')
-            except (ValueError, AttributeError):
-                broken += 1
-                continue
-            for name, x in row.items():
-                if iteration is not None and isinstance(x, (int, float)):
-                    series[name][iteration] = x
-    if broken:
-        print(f"{file}: {broken} lines are no JSON objects, left out")
+    series = defaultdict(dict)
+    for row in read_rows(file):
+        for name, x in row.items():
+            if 'iter' in row and isinstance(x, (int, float)):
+                series[name][row['iter']] = x
     return series
 
 
 def plot_losses(out_dir):
     """metrics.jsonl -> loss.png."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     series = read_series(os.path.join(out_dir, 'metrics.jsonl'))
     titles = dict(l2='denoise: l2 of the velocity', ce='decode: cross-entropy, nats per token')
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
-    for axis, (part, title) in zip(axes, titles.items()):
-        train, val = sorted(series[part].items()), sorted(series['val_' + part].items())
-        if train:
-            axis.plot(*zip(*train), alpha=0.6, linewidth=1, label='train')
-        if val:
-            axis.plot(*zip(*val), marker='o', markersize=3, label='validation')
-        if train or val:
-            axis.legend()
+    fig = Figure(figsize=(10, 4), layout='constrained')
+    for axis, (part, title) in zip(fig.subplots(1, 2), titles.items()):
+        for name, line, label in ((part, '-', 'train'), ('val_' + part, 'o-', 'validation')):
+            if points := sorted(series[name].items()):
+                axis.plot(*zip(*points), line, markersize=3, linewidth=1, label=label)
+                axis.legend()
         axis.set(title=title, xlabel='iteration', yscale='log')
         axis.grid(alpha=0.3)
-    file = os.path.join(out_dir, 'loss.png')
-    fig.savefig(file + '.tmp', dpi=120, format='png')
-    os.replace(file + '.tmp', file)
-    plt.close(fig)
+    save_figure(fig, os.path.join(out_dir, 'loss.png'))
 
 # --------------------------------------------------------------------------------------------------
 # texts in: a list of dicts with 'generated', 'ids' and perhaps 'target'
 
-def read_samples(file, references=''):
+def read_samples(file, references='', tokenizer=None):
     """
-    A JSONL file -> list of dicts with 'generated', perhaps 'target': its own, or that of the row of
-    references (a JSONL, or a folder of save_to_disk) with the number 'id', by default the line's
-    own. UserError names file and line.
+    A JSONL file -> list of dicts with 'generated', its 'ids' (without a tokenizer its words), and
+    perhaps 'target': its own, or that of the row of references (a JSONL, or a folder of
+    save_to_disk) with the number 'id', by default the line's own. UserError names file and line.
     """
-    targets = read_targets(references) if references else None
+    targets = read_targets(references) if references else []
     rows = []
     for where, row in read_jsonl(file):
-        if targets is not None:
+        if references:
             number = row.get('id', len(rows))
-            if not isinstance(number, int) or not 0 <= number < len(targets):
+            if number not in range(len(targets)):
                 raise UserError(f"{where} has id {number!r}, {references} has {len(targets)} rows")
-            row['target'] = targets[number]
+            row['target'] = targets[int(number)]
         text = row.get('generated', row.get('text'))
         if not isinstance(text, str) or not isinstance(row.get('target', ''), str):
             raise UserError(f"{where} needs a text under 'generated' or 'text', and under 'target' "
                             "if it has one")
-        if rows and ('target' in row) != ('target' in rows[0]):
-            raise UserError(f"{where}: some lines have a 'target' and some have none; all or none")
-        row['generated'] = text.encode('utf-8', 'replace').decode()     # half a surrogate pair: '?'
+        text = text.encode('utf-8', 'replace').decode()     # half a surrogate pair: '?'
+        ids = tokenizer(text, add_special_tokens=False)['input_ids'] if tokenizer else text.split()
+        row |= dict(generated=text, ids=ids)
         rows.append(row)
+        if ('target' in row) != ('target' in rows[0]):
+            raise UserError(f"{where}: some lines have a 'target' and some have none; all or none")
     if not rows:
         raise UserError(f"{file} has no texts")
     return rows
@@ -477,24 +199,7 @@ def read_targets(references):
         return load_from_disk(references)['target'][:]
 
 
-def find_targets(rows):
-    """The 'target' (or 'output') of all rows -> list of texts; [] if there is one without."""
-    targets = [row.get('target', row.get('output')) for row in rows]
-    return targets if all(isinstance(target, str) for target in targets) else []
-
-
-def add_ids(rows, tokenizer):
-    """Give each text its 'ids': the tokenizer's, or without one its words."""
-    for row in rows:
-        text = row['generated']
-        if tokenizer:
-            row['ids'] = tokenizer(text, add_special_tokens=False)['input_ids']
-        else:
-            row['ids'] = text.split()
-    return rows
-
-
-def read_conditions(c, meta):
+def read_conditions(c, meta, source):
     """
     What a model with conditions gets -> list of dicts with 'input' and perhaps 'target',
     num_samples at most; [] for a model without.
@@ -502,47 +207,77 @@ def read_conditions(c, meta):
     if not c.max_input_length:
         return []
     if not input_file and not meta:
-        raise UserError(f"{init_from or out_dir} is a model with conditions; give "
-                        "--dataset=<folder under data_dir> or --input_file=x.jsonl with 'input' "
-                        "and 'target'")
+        raise UserError(f"{source} is a model with conditions; give --dataset=<folder under "
+                        "data_dir> or --input_file=x.jsonl with 'input' and 'target'")
     return read_inputs(input_file or os.path.join(meta['dir'], 'val.jsonl'))[:num_samples]
 
 
-def sample_runs(model, tokenizer, encoder, conditions, how, device, group):
+def open_models(combos, meta, device, bf16):
     """
-    Sample num_samples texts, or one for each condition, for each seed -> {name of the run: rows}.
-    Every rank samples its share and gets all of them; the first one writes them to out_dir.
+    -> {source: (model, its tokenizer, its text encoder if it is needed, its conditions)} of all
+    combinations. UserError if one does not fit.
     """
-    rank, world = rank_and_world()
+    models = {}
+    for combo in combos:
+        init_from, out_dir = combo['init_from'], combo['out_dir']
+        source, encoder = init_from or out_dir, None
+        if source in models:
+            continue
+        model = load_model(init_from, out_dir).to(device)
+        c = model.config
+        if meta:
+            check_vocabulary(meta, c, source)
+        conditions = read_conditions(c, meta, source)
+        tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
+        if conditions or meta and eval_iters and not sweep:
+            encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
+        pack_linears(model, bf16)
+        models[source] = model, tokenizer, encoder, conditions
+    return models
+
+
+def run_seeds():
+    """-> {name of a run: its seed}."""
+    return {f'samples_{s}': int(s) for s in seeds.split(',')} if seeds else {'samples': seed}
+
+
+def sample_runs(model, tokenizer, encoder, conditions, how, device, group, bar):
+    """
+    Sample num_samples texts, or one for each condition, for each seed -> name of the run, rows, one
+    run after the other. Every rank samples its share and gets all of them; bar: of its steps.
+    """
     inputs = [row['input'] for row in conditions] or None
-    targets = find_targets(conditions)
-    count = len(conditions) or num_samples
-    names = {int(s): f'seed {s}' for s in seeds.split(',')} if seeds else {seed: 'samples'}
-    runs = {}
-    for run_seed, name in names.items():
-        rows = []
-        with tqdm(total=count, desc=name, disable=None if rank == 0 else True) as bar:
-            for row in sample_texts(model, tokenizer, range(rank, count, world), batch_size,
-                                    run_seed, device, how, inputs, encoder):
-                rows.append(row)
-                bar.update(min(world, count - bar.n))
+
+    def tick(batch, i, t, texts):
+        bar.update(len(batch) if i else 0)      # it is called before the first step, too
+
+    for name, run_seed in run_seeds().items():
+        rows = list(sample_texts(model, tokenizer, share_of(conditions), batch_size, run_seed,
+                                 device, how, inputs, encoder, watch=tick))
         rows = sorted(sum(gather(rows, group), []), key=itemgetter('id'))
-        for row, target in zip(rows, targets):
+        for row, target in zip(rows, find_targets(conditions)):
             row['target'] = target
-        runs[name] = rows
-        if rank == 0:
-            file = f'samples_eval_{run_seed}.jsonl' if seeds else 'samples_eval.jsonl'
-            write_jsonl(os.path.join(out_dir, file), rows)
-            print(f"{len(rows)} texts in {os.path.join(out_dir, file)}")
-    return runs
+        yield name, rows
+
+
+def share_of(conditions):
+    """The numbers of the texts that this rank samples in a run."""
+    rank, world = rank_and_world()
+    return range(rank, len(conditions) or num_samples, world)
+
+
+def step_bar(name, conditions, steps):
+    """A bar over this rank's texts, each of so many steps."""
+    hidden = True if rank_and_world()[0] else None      # None: where there is no terminal
+    total = len(run_seeds()) * len(share_of(conditions)) * steps
+    return tqdm(total=total, desc=name, unit='step', disable=hidden)
 
 
 def bin_rows(meta, split, n, max_length):
     """Up to n rows of a split, evenly spaced -> lists of their target ids, cut at the first EOS."""
     ids, index = open_split(meta, split)
-    numbers = np.linspace(0, len(index), min(n, len(index)), endpoint=False).astype(int)
     rows = []
-    for r in numbers:
+    for r in np.linspace(0, len(index), min(n, len(index)), endpoint=False).astype(int):
         _, target = read_row(ids, index, r)
         rows.append(cut_at_eos(target[:max_length].tolist(), meta['eos_id']))
     return rows
@@ -551,119 +286,38 @@ def bin_rows(meta, split, n, max_length):
 def reference_texts(meta, tokenizer, n, max_length):
     """
     What the texts of a model without conditions are held against -> {'real': n rows of the
-    validation split, 'unigram': as many tokens, each drawn from those of the training text}, and
-    the training text, a list of texts; a million tokens of it are enough for a 5-gram.
+    validation split, 'unigram': as many tokens, each drawn from those of the training text}, the
+    training text, a list of texts, and the n-gram judge if it is asked for. A million tokens of
+    training text are enough for a 5-gram.
     """
+    if not meta or meta.get('conditional'):
+        return {}, [], None
     real = bin_rows(meta, 'val', n, max_length)
     rows = 1 + 1_000_000 * meta['rows']['train'] // max(1, meta['tokens']['train'])
     train = bin_rows(meta, 'train', rows, max_length)
     pool, rng = np.concatenate(train), np.random.default_rng(seed)
     unigram = [rng.choice(pool, len(ids)).tolist() for ids in real]
 
-    def decode(ids):
-        return tokenizer.decode(ids, skip_special_tokens=True)
+    def decode(ids_list):
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in ids_list]
+        return [dict(generated=text, ids=ids) for text, ids in zip(texts, ids_list)]
 
-    sets = {}
-    for name, ids_list in (('real', real), ('unigram', unigram)):
-        sets[name] = [dict(generated=decode(ids), ids=ids) for ids in ids_list]
-    return sets, [decode(ids) for ids in train]
-
-# --------------------------------------------------------------------------------------------------
-# numbers out
-
-def count_tokens(rows):
-    return sum(len(row['ids']) for row in rows)
-
-
-def measure(rows, limit, train_texts, ngram, device):
-    """
-    All metrics of one line of the table -> dict. entropy_own is over the ids given, mean over the
-    texts that are not blank; limit: tokens that distinct-4 looks at. Words and copies are looked up
-    in train_texts, if there are any, joined by spaces: rows are packed in order, so a run may cross
-    from one to the next; a word that was cut between two is then its two parts.
-    """
-    texts, ids = [row['generated'] for row in rows], [row['ids'] for row in rows]
-    entropies = [entropy(row['ids']) for row in rows if row['generated'].strip()]
-    out = dict(texts=len(rows), empty=len(rows) - len(entropies), entropy_own=mean(entropies),
-               distinct_4=distinct(ids, 4, limit), repetition=repetition(ids),
-               duplicates=duplicates(texts))
-    if train_texts:
-        training_text = ' '.join(train_texts)
-        lengths = copied(texts, training_text)
-        out['words'], out['long_words'] = words(texts, set(training_text.split()))
-        out['copied_median'], out['copied_max'] = float(np.median(lengths)), max(lengths)
-    if ngram:
-        out['nats_per_char'] = ngram_nats(texts, ngram)
-    elif judge != 'none':
-        out |= gen_ppl(texts, judge, judge_batch_size, device)
-    targets = find_targets(rows)
-    if targets:
-        out['bleu'], out['bleu_cased'] = bleu(texts, targets), bleu(texts, targets, cased=True)
-        out |= rouge(texts, targets)
-    return out
-
-
-COLUMNS = [                             # key, title, format
-    ('nats_per_char', 'nats/char', '.3f'),
-    ('gen_ppl', 'ppl', '.2f'),
-    ('gen_ppl_port', 'port', '.2f'),
-    ('entropy', 'entropy', '.3f'),
-    ('entropy_own', 'own ent', '.3f'),
-    ('distinct_4', 'dist-4', '.3f'),
-    ('repetition', 'repeat', '.3f'),
-    ('duplicates', 'dupl', '.3f'),
-    ('words', 'words', '.3f'),
-    ('long_words', 'long', '.3f'),
-    ('copied_median', 'copied', '.0f'),
-    ('copied_max', 'max', '.0f'),
-    ('bleu', 'BLEU', '.2f'),
-    ('bleu_cased', 'cased', '.2f'),
-    ('rouge1', 'R-1', '.2f'),
-    ('rouge2', 'R-2', '.2f'),
-    ('rougeL', 'R-L', '.2f'),
-    ('texts', 'texts', '.0f'),
-    ('empty', 'empty', '.0f'),
-]
-
-
-def print_table(results, unit):
-    """{name: metrics} -> a line for each, but no columns that none has. unit: what the ids are."""
-    used = [column for column in COLUMNS if any(column[0] in row for row in results.values())]
-    lines = [['', *(title for _, title, _ in used)]]
-    for name, row in results.items():
-        lines.append([name])
-        for key, _, form in used:
-            lines[-1].append(f'{row[key]:{form}}' if key in row else '')
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    print()
-    for name, *numbers in lines:
-        print(name.ljust(widths[0]), *(x.rjust(width) for x, width in zip(numbers, widths[1:])))
-    print(f"own ent, dist-4, repeat: over {unit}; entropies in nats")
-    if any('words' in row for row in results.values()):
-        print("words, long: share that the training text has too; long ones have over 3 letters")
-        print("copied, max: characters in a row as in the training text, median and most of a text")
-
-
-def over_runs(results):
-    """A list of metrics, one of each run -> their means and the standard errors of these."""
-    means, errors = {}, {}
-    for key in results[0]:
-        numbers = [row[key] for row in results]
-        means[key] = float(np.mean(numbers))
-        errors[key] = float(np.std(numbers, ddof=1)) / math.sqrt(len(numbers))
-    return means, errors
+    train_texts = [row['generated'] for row in decode(train)]
+    ngram = train_ngram(train_texts) if judge == 'ngram' else None
+    return dict(real=decode(real), unigram=decode(unigram)), train_texts, ngram
 
 # --------------------------------------------------------------------------------------------------
 
 def check_settings():
     """All that is wrong with the settings whatever the model: UserError."""
-    for name, value, least in (('num_samples', num_samples, 1), ('batch_size', batch_size, 1),
-                               ('judge_batch_size', judge_batch_size, 1), ('seed', seed, 0),
-                               ('eval_iters', eval_iters, 0)):
-        if value < least:
-            raise UserError(f"{name}={value}: must be at least {least}")
+    least = dict(num_samples=1, batch_size=1, judge_batch_size=1, seed=0, eval_iters=0)
+    for name, smallest in least.items():
+        if globals()[name] < smallest:
+            raise UserError(f"{name}={globals()[name]}: must be at least {smallest}")
     if seeds and not re.fullmatch(r'\d+(,\d+)*', seeds):
         raise UserError(f"seeds={seeds!r}: whole numbers with commas between, such as 42,123,456")
+    if sweep and samples:
+        raise UserError("a sweep samples its texts; drop --samples or --sweep")
 
 
 def choose_judge(targets, meta):
@@ -676,20 +330,60 @@ def choose_judge(targets, meta):
     return judge
 
 
-def print_gap(results, own):
-    """How near texts come to real ones under the n-gram judge -> share of the way from unigram."""
-    real, unigram = results['real'], results['unigram']
-    way = unigram['nats_per_char'] - real['nats_per_char']
-    gap = (unigram['nats_per_char'] - own['nats_per_char']) / way if way else math.nan
-    share = own['distinct_4'] / max(1e-9, real['distinct_4'])
-    print(f"gap closed: {gap:.3f} of the way from unigram to real text; "
-          f"distinct-4 {share:.2f} of real text's")
-    return gap
+def append_json(name, row):
+    with open(os.path.join(out_dir, name), 'a', encoding='utf-8') as f:
+        f.write(to_json(row) + '\n')
+
+
+def run_sweep(combos, models, meta, device, bf16, group):
+    """
+    Sample and measure what is not in out_dir/sweep.jsonl yet, and add it there one by one; then the
+    table and sweep.png of all. The ranks share each sampling, the first one measures.
+    """
+    rank, _ = rank_and_world()
+    model, tokenizer, _, conditions = next(iter(models.values()))
+    length = model.config.max_length
+    data = input_file or meta and os.path.join(meta['dir'], 'meta.json')
+    shared = dict(num_samples=num_samples, seeds=list(run_seeds().values()), judge=judge, bf16=bf16,
+                  data=stamp(data))
+    plan = make_plan(combos, models)
+    if meta and not meta.get('conditional'):
+        plan.insert(0, dict(model=REAL, length=length, steps=0, cfg=1))
+    plan = [entry | shared for entry in plan]
+    file = os.path.join(out_dir, 'sweep.jsonl')
+    done = gather(find_done(file, plan), group)[0]      # what is on the first rank's disk
+    todo = [entry for entry, row in zip(plan, done) if not row]
+    print0(f"sweep: {len(plan)} to measure, {len(plan) - len(todo)} of them are in {file}")
+    others, train_texts, ngram = {}, [], None
+    if todo and rank == 0:
+        others, train_texts, ngram = reference_texts(meta, tokenizer, num_samples, length)
+    real = others.get('real', [])
+    limit = count_tokens(real) or sys.maxsize
+
+    with step_bar('sweep', conditions, sum(entry['steps'] for entry in todo)) as bar:
+        for entry in todo:
+            start, runs = time.time(), dict(real=real)
+            if entry['model'] != REAL:
+                with autocast(device, bf16):
+                    runs = dict(sample_runs(*models[entry['model']], sampler_of(entry), device,
+                                            group, bar))
+            cost = dict(nfe=passes(entry), seconds=time.time() - start)
+            if rank == 0:
+                of_runs = [measure(rows, limit, train_texts, ngram, judge, judge_batch_size, device)
+                           for rows in runs.values()]
+                append_json('sweep.jsonl', entry | cost | over_runs(of_runs))
+    if rank == 0:
+        rows = find_done(file, plan)
+        print_table(dict(zip(names_of(rows), rows)), "the model's tokens", LEFT_OUT)
+        plot_sweep(os.path.join(out_dir, 'sweep.png'), rows)
+    if group:
+        dist.destroy_process_group()
 
 
 if __name__ == '__main__':
     configure(globals())
     check_settings()
+    combos = combinations(sweep, globals())
     rank, world = rank_and_world()
     if samples and rank:
         sys.exit()                      # one rank is enough to read a file
@@ -699,40 +393,45 @@ if __name__ == '__main__':
 
     # ---- what is missing or wrong shows here, before the sampling --------------------------------
     if samples:
-        given = read_samples(samples, references)
         tokenizer = load_tokenizer(meta['tokenizer'], meta['vocab_size']) if meta else None
-        unit = f"tokens of {meta['dir']}" if meta else 'words'
-        runs = {'samples': add_ids(given, tokenizer)}
+        unit, length = (f"tokens of {meta['dir']}", meta['max_length']) if meta else ('words', 0)
+        given = read_samples(samples, references, tokenizer)
     else:
-        model, encoder, unit = load_model(init_from, out_dir).to(device), None, "the model's tokens"
-        c = model.config
-        if meta:
-            check_vocabulary(meta, c, init_from or out_dir)
-        given = read_conditions(c, meta)
-        tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
-        if given or meta and eval_iters:
-            encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
-        group = join_ranks(device)
+        models, unit = open_models(combos, meta, device, bf16), "the model's tokens"
+        model, tokenizer, encoder, given = opened = next(iter(models.values()))
+        c, group = model.config, join_ranks(device)
+        length = c.max_length
     judge = choose_judge(find_targets(given), meta)
     if judge not in ('ngram', 'none') and rank == 0:
         load_judge(judge, str(device))      # the other ranks wait for it at the first exchange
     print0(f"device: {describe(device, bf16, hardware, dtype)}, ranks: {world}; judge: {judge}")
-    report = dict(source=samples or init_from or out_dir, judge=judge)
-    report |= dict(seeds=seeds) if seeds else dict(seed=seed)
+    if sweep:
+        run_sweep(combos, models, meta, device, bf16, group)
+        sys.exit()
 
     # ---- the texts: each rank samples its share, the first one measures --------------------------
-    if not samples:
+    report = dict(source=samples or init_from or out_dir, judge=judge)
+    report |= dict(seeds=seeds) if seeds else dict(seed=seed)
+    runs = {}
+    if samples:
+        runs['samples'] = given
+    else:
         how = resolve_sampling(c, steps, sampler, gamma, w, cfg) | dict(grid=grid)
-        nfe = how['steps'] * (1 if how['cfg'] == 1 else 2)
+        nfe = passes(how)
         print0("sampling: " + ', '.join(f'{k}={v}' for k, v in how.items()) + f", NFE={nfe}")
-        pack_linears(model, bf16)
-        with autocast(device, bf16):
-            if meta and eval_iters:
+        if meta and eval_iters:
+            with autocast(device, bf16):
                 report['val'] = estimate_loss(model, encoder, meta, eval_iters, batch_size, device,
                                               rank, world)
-                print0(describe_val(report['val'], c))
-            start = time.time()
-            runs = sample_runs(model, tokenizer, encoder, given, how, device, group)
+            print0(describe_val(report['val'], c))
+        start = time.time()
+        with autocast(device, bf16), step_bar('samples', given, how['steps']) as bar:
+            for name, rows in sample_runs(*opened, how, device, group, bar):
+                runs[name] = rows
+                if rank == 0:
+                    file = name.replace('samples', 'samples_eval') + '.jsonl'
+                    write_jsonl(os.path.join(out_dir, file), rows)
+                    print(f"{len(rows)} texts in {os.path.join(out_dir, file)}")
         report |= how | dict(nfe=nfe, seconds=time.time() - start)
         if group:
             dist.destroy_process_group()
@@ -740,28 +439,23 @@ if __name__ == '__main__':
         sys.exit()
 
     # ---- beside them real text, and tokens of the training text drawn one by one -----------------
-    others, train_texts, ngram = {}, [], None
-    if meta and not meta.get('conditional'):
-        first_run = next(iter(runs.values()))
-        length = meta['max_length'] if samples else c.max_length
-        others, train_texts = reference_texts(meta, tokenizer, len(first_run), length)
-        ngram = train_ngram(train_texts) if judge == 'ngram' else None
+    count = len(next(iter(runs.values())))
+    others, train_texts, ngram = reference_texts(meta, tokenizer, count, length)
 
     # ---- the table, and the same as a line of JSON -----------------------------------------------
     limit = min(count_tokens(rows) for rows in (runs | others).values())
     results = {}
     for name, rows in (runs | others).items():
-        results[name] = measure(rows, limit, train_texts, ngram, device)
+        results[name] = measure(rows, limit, train_texts, ngram, judge, judge_batch_size, device)
     of_runs = [results[name] for name in runs]
-    report |= of_runs[0]
+    over_all = over_runs(of_runs)
+    report |= over_all
     if len(runs) > 1:
-        results['mean'], results['std err'] = over_runs(of_runs)
-        report |= results['mean'] | dict(stderr=results['std err'])
-        report['by_seed'] = {name.split()[1]: results[name] for name in runs}
+        results['mean'], results['std err'] = over_all, over_all['stderr']
+        report['by_seed'] = {name.partition('_')[2]: results[name] for name in runs}
     report |= {name: results[name] for name in others}
     print_table(results, unit)
     if ngram:
         report['gap_closed'] = print_gap(results, report)
-    with open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8') as f:
-        f.write(to_json(report) + '\n')
+    append_json('metrics.jsonl', report)
     print(to_json(report))

@@ -18,7 +18,7 @@ shapes:
     B batch, T tokens, C latent width, D model width, H heads, P prefix tokens, V vocabulary
 """
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn as nn
@@ -74,6 +74,9 @@ class ELFConfig:
     w: float = 3.0
     cfg: float = 1.0
     by_steps: dict = field(default_factory=dict)    # what differs there, {64: {'gamma': 1.0}}
+
+NAMES = [f.name for f in fields(ELFConfig)]
+SIZES = NAMES[:NAMES.index('t_mean')]       # the first paragraph: what weights are made for
 
 MODELS = {
     'ELF-B': ELFConfig(),                                                   # 104,579,940 parameters
@@ -253,7 +256,7 @@ class ELF(nn.Module):
         """
         A file, folder or hub id (checkpoint.py) -> ELF with the EMA weights, float32, eval mode.
         """
-        settings, state = load_weights(source, known=ELFConfig.__dataclass_fields__)
+        settings, state = load_weights(source, known=NAMES)
         model = cls(ELFConfig(**settings))
         check_fit(model.state_dict(), state, source)
         model.load_state_dict(state)

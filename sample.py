@@ -3,12 +3,14 @@ Write text: noise at t=0, a few dozen steps along the learned flow, tokens at t=
 
     python sample.py                                   # the model in out/, with its task's settings
     python sample.py --steps=64 --gamma=1.0 --trace=8   # watch the text come out of the noise
+    python sample.py --html=out/page.html              # the same as a page, with a slider over t
+    python sample.py --prompt="the"                    # goes on; --infill="the ___ of" fills holes
     python sample.py --init_from=embedded-language-flows/ELF-B-owt-torch --num_samples=4
     python sample.py --init_from=embedded-language-flows/ELF-B-de-en-torch --input="Guten Morgen"
 """
 import os
+import re
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -17,6 +19,7 @@ from configurator import UserError, configure
 from data import cut_at_eos, load_tokenizer, printable, read_inputs, row_seed, write_jsonl
 from device import autocast, compile_in_place, describe, pack_linears, pick_device
 from model import ELF, TextEncoder, velocity
+from page import MOMENTS, can_redraw, make_frame, make_room, moments, show, write_page, write_svg
 
 # -------------------------------------------------------------------------------------------------
 out_dir = 'out'            # the model of this folder's ckpt.pt (EMA); samples.jsonl is written here
@@ -24,6 +27,10 @@ init_from = ''              # instead: a published checkpoint, file, folder or h
 num_samples = 8             # texts; with conditions, one for each of them
 input = ''                  # condition of a conditional model (translation, summary)
 input_file = ''             # or many: a .jsonl with 'input' (or 'source') a line
+prompt = ''                 # how each text starts, for a model without conditions: not trained on
+                            # prompts, it is shown them as noisy as all else
+infill = ''                 # or a text with holes, "the ___ of": a token for each underscore, 3 or
+                            # more; where it ends the model goes on
 batch_size = 16             # rows sampled at once; changes memory and speed, not the texts
 steps = -1                  # forward passes per text, -1 = the checkpoint's default, as below
 sampler = ''                # 'ode' or 'sde' (re-noises a little before each step), '' = the default
@@ -33,7 +40,10 @@ cfg = -1.0                  # classifier-free guidance on the condition, 1 = off
 grid = 'logit_normal'     # times: 'logit_normal' (random, as trained), 'quantile' (the same without
                             # chance), 'uniform'
 seed = 1337                 # text i depends on (seed, i) alone, not on batch_size
-trace = 0                   # print the first text at this many moments between noise and data
+trace = 0                   # watch the texts (not in a terminal: the first) at this many moments;
+                            # each costs a pass more, of at most 8 rows
+html = ''                   # a page to write: the first 8 texts at 48 moments (or trace), a slider
+svg = ''                    # a moving picture to write, for a README
 device = 'auto'             # 'cuda', 'mps', 'cpu', 'auto' = the first of these that is there
 dtype = 'auto'         # 'float32' or 'bfloat16', 'auto' = bfloat16 where the hardware is fast at it
 compile = False             # torch.compile the network: a minute first, then faster
@@ -80,14 +90,15 @@ def predict(model, z, x_prev, t, w, cfg, keep):
 
 @torch.no_grad()
 def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=None, cond_mask=None,
-             step_noise=None, generators=None, watch=None):
+             step_noise=None, generators=None, watch=None, noisy_cond=False):
     """
     Follow the flow from noise to data [utils/sampling_utils.py] -> final latent (B, T, C). z (B,
     T, C) initial noise, already scaled; times (steps+1,) or (B, steps+1), rising from 0 to 1; w,
     cfg numbers. cond (B, T, C), cond_mask (B, T): clean latents of the condition and where they
-    stand. SDE noise: step_noise (steps-1, B, T, C) unit normal, else drawn from generators (one a
-    row, on z's device), else from the global one. watch(i, t, z): called with what each step
-    starts from, and the end.
+    stand; with noisy_cond the network sees them as noisy as all else, with fresh noise, so that it
+    need not be trained on conditions. SDE noise: step_noise (steps-1, B, T, C) unit normal, else
+    drawn from generators (one a row, on z's device), else from the global one. watch(i, t, z):
+    called with what each step starts from, and the end.
     """
     if sampler not in ('ode', 'sde'):
         raise UserError(f"sampler={sampler!r} is not 'ode' or 'sde'")
@@ -111,6 +122,9 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
             t = a * t
             a = a[:, None, None]
             z = torch.where(keep, cond, a * z + (1 - a) * c.noise_scale * noise)
+        if noisy_cond:
+            s, noise = t[:, None, None], c.noise_scale * randn(z, generators)
+            z = torch.where(keep, s * cond + (1 - s) * noise, z)
 
         x, v = predict(model, z, x_prev, t, w, cfg, keep)
         z = torch.where(keep, cond, z + (t_next - t)[:, None, None] * v)
@@ -128,14 +142,24 @@ def randn(z, generators=None):
     return torch.stack([torch.randn(z.shape[1:], generator=g, device=z.device) for g in generators])
 
 
+def decode_logits(model, z, w):
+    """Logits (8 or less, T, V) of a latent (B, T, C), a few rows at a time: they are large."""
+    for part in z.split(8):
+        yield model.decode(part, torch.full((len(part),), float(w), device=z.device))
+
+
 @torch.no_grad()
 def decode_ids(model, z, w):
     """Most likely token at each position of a latent: (B, T, C) -> (B, T) int64."""
-    ids = []
-    for part in z.split(8):     # logits are large
-        strength = torch.full((len(part),), float(w), device=z.device)
-        ids.append(model.decode(part, strength).argmax(-1))
-    return torch.cat(ids)
+    return torch.cat([logits.argmax(-1) for logits in decode_logits(model, z, w)])
+
+
+@torch.no_grad()
+def decode_first(model, z, w):
+    """The same of the first 8 rows at most, and how likely each token is -> ids, p, both (8, T)."""
+    logits = next(decode_logits(model, z, w))
+    ids = logits.argmax(-1)
+    return ids, logits.softmax(-1).gather(-1, ids[..., None])[..., 0]
 
 
 def encode_inputs(texts, tokenizer, encoder, c, device):
@@ -153,24 +177,67 @@ def encode_inputs(texts, tokenizer, encoder, c, device):
     return encoder(ids.to(device), mask, mask), mask
 
 
-def text_ids(ids, cond_mask, tokenizer, c):
+def read_prompt(text, holes, tokenizer, c):
     """
-    A decoded row (T,) -> list of the ids of its text: without its condition, cut at the first
-    EOS.
+    What is given of a text -> ids (T,), known (T,) bool: where they count. With holes, each of
+    three or more underscores in a row is a token to fill. UserError if the model cannot take it.
     """
-    start = 0 if cond_mask is None else int(cond_mask.sum())
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)['input_ids']
+
+    # a space before what is open belongs to the token of the word that comes, in most tokenizers
+    joined = len(encode(' a')) < len(encode(' ')) + len(encode('a'))
+    ids, known = [], []
+    for part in re.split('(___+)', text) if holes else [text]:
+        hole = holes and part.startswith('___')
+        part = part.rstrip(' ') if joined else part
+        new = [tokenizer.pad_token_id] * len(part) if hole else encode(part)
+        ids += new
+        known += [not hole] * len(new)
+    own = {i for i, given in zip(ids, known) if given} & set(tokenizer.all_special_ids)
+    if own:
+        what = tokenizer.decode(sorted(own))
+        if tokenizer.unk_token_id in own:
+            signs = dict.fromkeys(re.sub('___+', '', text))
+            what = ' '.join(sign for sign in signs if tokenizer.unk_token_id in encode(sign))
+        raise UserError(f"{text!r}: the model's tokenizer has no token for {what} in a text "
+                        "(the demo's has a to z and the space)")
+    if not any(known):
+        raise UserError(f"{text!r} gives no token to start from")
+    if holes and all(known):
+        raise UserError(f"infill={text!r} has no hole; write ___, an underscore for each token")
+    rest = c.max_length - len(ids)
+    if rest < (not holes):
+        raise UserError(f"{text!r} takes {len(ids)} tokens, a text of this model has "
+                        f"{c.max_length}, and some must be left to write; shorten it")
+    ids += [tokenizer.pad_token_id] * rest
+    return torch.tensor(ids), torch.tensor(known + [False] * rest)
+
+
+def text_ids(ids, cond_mask, tokenizer, c, prompt=None):
+    """
+    A decoded row (T,) -> list of the ids of its text, and where they start: without its condition,
+    cut at the first EOS. With a prompt: its tokens as given, cut only after them.
+    """
+    start = given = 0
+    if prompt:
+        ids = torch.where(prompt[1], prompt[0], ids)
+        given = int(prompt[1].nonzero().max()) + 1
+    elif cond_mask is not None:
+        start = int(cond_mask.sum())
     ids = ids[start:start + c.max_length - c.max_input_length].tolist()
-    return cut_at_eos(ids, tokenizer.eos_token_id)
+    return ids[:given] + cut_at_eos(ids[given:], tokenizer.eos_token_id), start
 
 
 def sample_texts(model, tokenizer, numbers, batch_size, seed, device, how, inputs=None,
-                 encoder=None, watch=None):
+                 encoder=None, watch=None, prompt=None):
     """
     The texts with these numbers -> rows {'id', 'generated', 'ids'}, with conditions 'input' too,
     one after the other. Grid, first noise and SDE noise of text i come from (seed, i) alone. how:
-    resolve_sampling's settings and the grid. inputs: all conditions, by number, and encoder, the
-    TextEncoder for them. watch(numbers, i, t, ids): called at each step with the decoded text of
-    each row of the batch.
+    resolve_sampling's settings and the grid. inputs: all conditions, by number, or prompt: what
+    read_prompt gives, for all texts; encoder: the TextEncoder for them. watch(numbers, i, t,
+    decode): called at each step; decode() -> of the first 8 texts at most ids and p, lists as long:
+    what the model would say now, and how likely each token is.
     """
     c = model.config
     how = dict(how)
@@ -185,18 +252,27 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, how, input
         cond = mask = None
         if inputs is not None:
             cond, mask = encode_inputs([inputs[i] for i in batch], tokenizer, encoder, c, device)
-        masks = [None] * len(batch) if mask is None else mask
+        elif prompt:
+            mask = prompt[1].expand(len(batch), -1).to(device)
+            # what is known is all that the encoder sees
+            cond = encoder(prompt[0].expand(len(batch), -1).to(device), mask, mask)
 
-        def texts_of(z):
-            rows = decode_ids(model, z, how['w'])
-            return [text_ids(ids, mask, tokenizer, c) for ids, mask in zip(rows, masks)]
+        def texts_of(ids):
+            masks = [None] * len(ids) if mask is None else mask
+            return [text_ids(row, m, tokenizer, c, prompt) for row, m in zip(ids.cpu(), masks)]
 
         def look(i, t, z):
-            watch(batch, i, t, lambda: texts_of(z))
+            def decode():
+                ids, p = decode_first(model, z, how['w'])
+                if prompt:
+                    p = p.masked_fill(mask[:len(p)], 1.0)
+                return [(text, row[start:start + len(text)].tolist())
+                        for (text, start), row in zip(texts_of(ids), p)]
+            watch(batch, i, t, decode)
 
         z = generate(model, z, torch.stack(times), cond=cond, cond_mask=mask, generators=generators,
-                     watch=look if watch else None, **how)
-        for i, ids in zip(batch, texts_of(z)):
+                     watch=look if watch else None, noisy_cond=bool(prompt), **how)
+        for i, (ids, _) in zip(batch, texts_of(decode_ids(model, z, how['w']))):
             row = dict(id=i, generated=tokenizer.decode(ids, skip_special_tokens=True), ids=ids)
             yield row if inputs is None else dict(id=i, input=inputs[i]) | row
 
@@ -224,17 +300,21 @@ def resolve_sampling(config, steps=-1, sampler='', gamma=-1, w=-1, cfg=-1):
 
 
 if __name__ == '__main__':
-    configure(globals())
+    given = set()
+    configure(globals(), given=given)
     for name, value, least in (('num_samples', num_samples, 1), ('batch_size', batch_size, 1),
                                ('seed', seed, 0), ('trace', trace, 0)):
         if value < least:
             raise UserError(f"{name}={value}: must be at least {least}")
-    if input and input_file:
-        raise UserError("input and input_file exclude each other")
+    starts = [name for name in ('input', 'input_file', 'prompt', 'infill') if name in given]
+    if len(starts) > 1:
+        raise UserError(f"{' and '.join(starts)} exclude each other")
+    make_room('html', html)
+    make_room('svg', svg)
     device, bf16, name = pick_device(device, dtype)
     model = load_model(init_from, out_dir).to(device)
     c, source = model.config, init_from or out_dir
-    inputs = encoder = None
+    inputs = encoder = known = None
     if input or input_file:
         inputs = [row['input'] for row in read_inputs(input_file)] if input_file else [input]
         num_samples = len(inputs)
@@ -243,26 +323,34 @@ if __name__ == '__main__':
     if not inputs and c.max_input_length:
         raise UserError(f"{source} is a model with conditions; give --input=\"...\" "
                         "or --input_file=x.jsonl")
+    how = resolve_sampling(c, steps, sampler, gamma, w, cfg) | dict(grid=grid)
     tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
-    if inputs:
+    if given & {'prompt', 'infill'}:
+        known = read_prompt(prompt or infill, 'infill' in given, tokenizer, c)
+        if how['cfg'] != 1:
+            raise UserError(f"cfg={how['cfg']}: a prompt is no condition to guide with; drop it")
+        print(f"prompt: {known[1].sum()} of {c.max_length} tokens are given")
+    if inputs or known:
         encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
     make_out_dir(out_dir)
-    how = resolve_sampling(c, steps, sampler, gamma, w, cfg) | dict(grid=grid)
     print(f"device: {describe(device, bf16, name, dtype)}")
     print("sampling: " + ', '.join(f'{k}={v}' for k, v in how.items()) + f", length {c.max_length}")
     if not compile or not compile_in_place(model, device):
         pack_linears(model, bf16)
-    moments = {round(i) for i in np.linspace(0, how['steps'], trace)} if trace else set()
 
-    def show(numbers, i, t, texts):
-        if numbers[0] == 0 and i in moments:
-            text = tokenizer.decode(texts()[0], skip_special_tokens=True)
-            tqdm.write(f"  t={t[0]:.2f} | {printable(text)[:160]}")
+    frames = []
+    watched = moments(how['steps'], trace or (MOMENTS if html or svg else 0))
 
-    rows = []
-    with autocast(device, bf16), tqdm(total=num_samples, desc='texts', disable=None) as bar:
+    def look(numbers, i, t, decode):
+        if numbers[0] == 0 and i in watched:
+            frames.append(make_frame(i, t, decode(), tokenizer))
+            if trace:
+                show(frames, how['steps'])
+
+    rows, quiet = [], True if trace and can_redraw() else None
+    with autocast(device, bf16), tqdm(total=num_samples, desc='texts', disable=quiet) as bar:
         for row in sample_texts(model, tokenizer, range(num_samples), batch_size, seed, device, how,
-                                inputs, encoder, watch=show):
+                                inputs, encoder, look, known):
             rows.append(row)
             bar.update()
     for row in rows:
@@ -270,3 +358,11 @@ if __name__ == '__main__':
     file = os.path.join(out_dir, 'samples.jsonl')
     write_jsonl(file, rows)
     print(f"{len(rows)} texts in {file}")
+    if html:
+        nfe = how['steps'] * (1 if how['cfg'] == 1 else 2)
+        facts = dict(model=source, seed=seed, device=name, texts=len(rows), length=c.max_length)
+        write_page(html, frames, facts | how | {'NFE (passes per text)': nfe})
+        print(f"page: {html}")
+    if svg:
+        write_svg(svg, frames)
+        print(f"picture: {svg}")

@@ -33,7 +33,8 @@ from device import (PEAK_FLOPS, autocast, compile_in_place, describe, gather, jo
                     mean_over_ranks, own_device, pick_device, print0, rank_and_world)
 from distill import distill_loss, draw_times, load_teacher
 from eval import describe_val, estimate_loss, plot_losses
-from model import ELF, ELFConfig, TextEncoder, compute_loss, draw, encode_rows, estimate_flops
+from model import (ELF, SIZES, ELFConfig, TextEncoder, compute_loss, draw, encode_rows,
+                   estimate_flops)
 from muon import make_optimizer
 from sample import resolve_sampling, sample_texts
 
@@ -222,8 +223,7 @@ if __name__ == '__main__':
     else:       # sizes are the checkpoint's, all else is this run's
         raw_model = ELF.from_pretrained(init_from)
         check_vocabulary(meta, raw_model.config, init_from)
-        sizes = ('n_layer', 'n_embd', 'n_head', 'bottleneck', 'n_time', 'n_scale', 'n_mode')
-        own = {k: v for k, v in model_args.items() if k not in sizes}
+        own = {k: v for k, v in model_args.items() if k not in SIZES}
         raw_model.config = replace(raw_model.config, **own)
     c = raw_model.config
     raw_model.to(device).train()

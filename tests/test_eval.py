@@ -1,12 +1,10 @@
 """
-Each metric against numbers by hand, the perplexity against plain Hugging Face, the command on a
-file and on a model, alone and with two ranks.
+The validation loss, the curves, and the command on a file and on a model, alone and with two ranks.
     python -m pytest -q tests/test_eval.py
 """
 import json
 import math
 import os
-import random
 import shutil
 import socket
 import subprocess
@@ -16,40 +14,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from test_metrics import OUTPUTS, SHARED, judge, mean_entropy, needs_shared  # noqa: F401, a fixture
 from transformers import AutoTokenizer
 
 import eval as eval_py
 from configurator import UserError
 from data import open_bins
-from eval import (bin_rows, bleu, copied, distinct, duplicates, entropy, estimate_loss, gen_ppl,
-                  gpt2_bpe, judge_ids, ngram_nats, ngram_p, over_runs, plot_losses, print_table,
-                  read_samples, read_series, repetition, rouge, t_edges, train_ngram, words)
+from eval import bin_rows, estimate_loss, plot_losses, read_samples, read_series, t_edges
 from model import ELF, ELFConfig, TextEncoder, draw
-
-SHARED = os.path.join(os.path.dirname(ROOT), 'shared', 'data')
-OUTPUTS = os.path.join(SHARED, 'official_outputs')
-EOT = '<|endoftext|>'
-needs_shared = pytest.mark.skipif(not os.path.isdir(SHARED), reason=f'needs {SHARED}')
-
-
-@pytest.fixture(scope='session')
-def judge(tmp_path_factory):
-    """A folder with a random GPT-2 of one layer and a BPE of 256 bytes, EOT, 'he', 'llo', 'Ġhe'."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-    folder = tmp_path_factory.mktemp('judge')
-    merges = ['h e', 'l l', 'll o', 'Ġ he']
-    # EOT first: an unusual order of ids
-    tokens = [EOT, *sorted(bytes_to_unicode().values()), *(m.replace(' ', '') for m in merges)]
-    vocab = json.dumps({token: i for i, token in enumerate(tokens)})
-    (folder / 'vocab.json').write_text(vocab, encoding='utf-8')
-    lines = '\n'.join(['#version: 0.2', *merges, ''])
-    (folder / 'merges.txt').write_text(lines, encoding='utf-8')
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(tokens), n_embd=16, n_layer=1, n_head=2, n_positions=24,
-                        initializer_range=0.5)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -83,183 +55,6 @@ def eval_command(*args, ranks=0):
         launch += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}']
     return subprocess.run([*launch, os.path.join(ROOT, 'eval.py'), '--device=cpu', *args],
                           capture_output=True, text=True)
-
-# --------------------------------------------------------------------------------------------------
-# metrics
-
-def test_entropy():
-    assert entropy([]) == 0 and entropy([7, 7, 7]) == 0
-    assert entropy([1, 2, 3, 4]) == pytest.approx(math.log(4))
-    assert entropy([1, 1, 1, 2]) == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
-
-
-def test_repetition_duplicates_distinct():
-    phrase = [1, 2, 3, 4, 5]
-    assert repetition([phrase * 2 + [9]]) == 0          # twice is no repetition yet
-    thrice = phrase + [8] + phrase + [9] + phrase + [6]
-    assert repetition([thrice]) == pytest.approx(15 / 18)
-    # overlapping ones count, tokens once
-    assert repetition([[7] * 7, [0] * 3]) == pytest.approx(7 / 10)
-    # within a text; across: duplicates
-    assert repetition([phrase, phrase, phrase]) == 0 and repetition([]) == 0
-    assert duplicates(['a', 'b', 'a', 'a']) == 0.5 and duplicates([]) == 0
-    two = [[1, 2, 3, 4, 5], [1, 2, 3, 4]]
-    assert distinct(two) == pytest.approx(2 / 3)
-    assert distinct(two, limit=8) == 1 and distinct([[1]]) == 0
-
-
-def test_words():
-    known = {'cat', 'sat', 'there'}
-    # inner: cat sot there / sat; the ends may be cut
-    assert words(['e cat sot there zz', 'x sat'], known) == (2 / 3, 1.0)
-    assert words(['e cat sat onto ca'], known) == (2 / 3, 0.0)
-    assert all(math.isnan(share) for share in words(['two words', ''], known))
-
-
-def test_copied():
-    training = 'the quick brown fox jumps over the lazy dog'
-    texts = ['a quick brown cat', 'the lazy  cat jumps\nover the dog', 'nothing', '', training * 2]
-    #             ' quick brown '    ' jumps over the '
-    assert copied(texts, training) == [13, 16, 0, 0, len(training)]
-    assert copied(['over'], training) == [0] and copied(['over'], training, k=3) == [4]
-
-
-@pytest.mark.parametrize('k', [1, 3, 12])
-def test_copied_finds_what_a_search_of_all_runs_finds(k):
-    rng = random.Random(0)
-    training = ''.join(rng.choices('ab', k=200))
-    for text in (''.join(rng.choices('abc', weights=(9, 9, 1), k=60)) for _ in range(50)):
-        runs = {text[i:j] for i in range(60) for j in range(i + 1, 61)}
-        longest = max(len(run) for run in runs if run in training)
-        assert copied([text], training, k) == [longest if longest >= k else 0]
-
-
-def test_ngram_is_a_distribution():
-    ngram = train_ngram(['abracadabra', 'abc'], n=3)
-    for context in ('', 'a', 'ab', 'br', 'zz', 'az', 'za'):
-        # ? stands for all others
-        assert sum(ngram_p(ch, context, ngram) for ch in 'abcdr?') == pytest.approx(1)
-    one = train_ngram(['aab'], n=2)
-    p_a = (2 + 2 / 3) / 5               # 'a' twice of 3, 2 kinds; below: 1/3 for a, b and any other
-    assert ngram_p('a', '', one) == pytest.approx(p_a)
-    assert ngram_p('a', 'a', one) == pytest.approx((1 + 2 * p_a) / 4)       # then a, b once each
-    assert ngram_p('a', 'b', one) == pytest.approx(p_a)                     # nothing followed b
-    nats = -(math.log(p_a) + math.log((1 + 2 * p_a) / 4)) / 2
-    assert ngram_nats(['aa'], one) == pytest.approx(nats)
-    assert math.isnan(ngram_nats([''], one))
-
-
-def test_bleu_and_rouge():
-    assert bleu(['The cat sat on the mat'], ['the cat sat on the mat']) == pytest.approx(100)
-    assert bleu(['The cat sat on the mat'], ['the cat sat on the mat'], cased=True) < 90
-    assert bleu(['a b'], ['a b']) == pytest.approx(100)         # effective order: no 4-gram needed
-    # pair 1: 2 of 2 unigrams against 4, F = 2/3; pair 2 is equal but for its stem
-    got = rouge(['the cat', 'cats run'], ['the cat sat down', 'cat runs'])
-    assert got == pytest.approx({'rouge1': 250 / 3, 'rouge2': 75, 'rougeL': 250 / 3})
-
-
-def test_table_leaves_empty_columns_out_and_fits_a_terminal(capsys):
-    paired = ('bleu', 'bleu_cased', 'rouge1', 'rouge2', 'rougeL')
-    llm = ('gen_ppl', 'gen_ppl_port', 'entropy')
-    row = {key: 0.5 for key, _, _ in eval_py.COLUMNS if key not in paired + llm}
-    print_table({'samples': row, 'unigram': {}}, 'words')
-    head, samples, unigram, *notes = capsys.readouterr().out.strip('\n').split('\n')
-    assert 'own ent' in head and 'BLEU' not in head and 'ppl' not in head
-    assert len(samples) == len(head) <= 80 and unigram.strip() == 'unigram' and len(notes) == 3
-    print_table({'samples': dict(gen_ppl=12345.678), 'real': dict(gen_ppl=9.1)}, 'words')
-    assert capsys.readouterr().out.startswith('''
-             ppl
-samples 12345.68
-real        9.10
-''')
-
-
-def test_means_over_runs_may_be_nan():
-    means, errors = over_runs([dict(a=1.0, b=math.nan), dict(a=3.0, b=1.0)])
-    assert means['a'] == 2 and errors['a'] == 1 and math.isnan(means['b'] + errors['b'])
-
-# --------------------------------------------------------------------------------------------------
-# the judge
-
-def test_bpe(judge):
-    bpe = gpt2_bpe(judge)
-    assert bpe.decode(bpe.encode('grüß hello')) == 'grüß hello'
-    assert bpe.encode('hello he', allowed_special='all') == [257, 259, 260]
-    assert bpe.encode(EOT, allowed_special='all') == [bpe.eot_token] == [0]
-    with pytest.raises(UserError, match='nowhere'):
-        gpt2_bpe(judge + '/nowhere')
-
-
-@needs_shared
-def test_bpe_of_gpt2():
-    assert gpt2_bpe(os.path.join(SHARED, 'gpt2')).encode('Hello world') == [15496, 995]
-
-
-@needs_shared
-@pytest.mark.parametrize('epoch, blank', [(1, 25), (4, 0)])
-def test_entropies_that_a_reproduction_published(epoch, blank):
-    """Over GPT-2's ids, 1024 at most, of the texts that are not blank; they summed in float32."""
-    rows = [json.loads(line) for line in open(f'{OUTPUTS}/ugness_lightning/metrics.jsonl')]
-    published = {row['epoch']: row['sample_entropy_32step'] for row in rows}[epoch]
-    texts = read_samples(f'{OUTPUTS}/ugness_lightning/epoch_{epoch:03}.jsonl')
-    ids = judge_ids([row['generated'] for row in texts], gpt2_bpe(os.path.join(SHARED, 'gpt2')))
-    assert len(ids) == len(texts) - blank
-    assert np.mean([entropy(row) for row in ids]) == pytest.approx(published, rel=1e-7)
-
-
-def mean_entropy(folder, texts):
-    """Mean over the texts that are not blank, of at most 24 tokens each."""
-    tokenizer, entropies = AutoTokenizer.from_pretrained(folder), []
-    for text in texts:
-        if text.strip():
-            ids = tokenizer(text, add_special_tokens=False)['input_ids'][:24]
-            counts = torch.tensor(ids).bincount().float()
-            entropies.append(torch.distributions.Categorical(probs=counts).entropy().item())
-    return np.mean(entropies)
-
-
-def plain_ppl(folder, texts, port):
-    """The protocol once more, token by token, with Hugging Face's tokenizer and loss."""
-    from transformers import GPT2LMHeadModel, GPT2Tokenizer
-    tokenizer = GPT2Tokenizer.from_pretrained(folder)
-    model = GPT2LMHeadModel.from_pretrained(folder).eval()
-    rows = [tokenizer(t)['input_ids'][:24] for t in texts if t.strip()]
-    width, nll, count = max(map(len, rows)), 0.0, 0
-    for row in rows:
-        row, eos_seen = row + [0] * (width - len(row)), 0
-        for i, token in enumerate(row):
-            eos_seen += token == 0
-            times = 1 if token != 0 or eos_seen == 1 else 0
-            if port and token != 0 and eos_seen == 1:
-                times = 2
-            if i and times:
-                labels = torch.full((1, width), -100)
-                labels[0, i] = token
-                with torch.no_grad():
-                    loss = model(torch.tensor([row]), labels=labels).loss
-                nll += times * loss.double().item()
-                count += times
-    return math.exp(nll / count), count
-
-
-@pytest.mark.parametrize('texts', [
-    ['hello he said', 'so', 'x'],
-    ['one' + EOT + 'two hello', 'plain'],
-    [EOT + 'ab' + EOT + 'cd' + EOT, 'a' + EOT, ' ', ''],
-    ['far longer than the twenty-four positions', 'hello'],
-])
-def test_gen_ppl_equals_hugging_face(judge, texts):
-    got = gen_ppl(texts, judge, batch_size=2)
-    want, count = plain_ppl(judge, texts, port=False)
-    assert got['gen_ppl'] == pytest.approx(want, rel=1e-5) and got['tokens'] == count
-    assert got['gen_ppl_port'] == pytest.approx(plain_ppl(judge, texts, port=True)[0], rel=1e-5)
-    assert got['empty'] == sum(not t.strip() for t in texts)
-    assert got['entropy'] == pytest.approx(mean_entropy(judge, texts))
-
-
-def test_nothing_to_judge(judge):
-    got = gen_ppl(['', '\n'], judge)
-    assert math.isnan(got['gen_ppl']) and got['tokens'] == 0 and got['empty'] == 2
 
 # --------------------------------------------------------------------------------------------------
 # the validation loss and the curves

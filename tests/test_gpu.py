@@ -122,7 +122,7 @@ def test_benchmark(run, monkeypatch, gpu):
     c = ELFConfig(n_layer=2, n_embd=64, n_head=2, vocab_size=100)
     monkeypatch.setitem(model.MODELS, 'ELF-B', c)
     report = last_json(run('bench.py', '--batch_size=4', '--max_length=16', '--sample_length=16',
-                           '--runs=1', f'--device={gpu}', f'--compile={str(REAL).lower()}'))
+                           '--runs=1', f'--device={gpu}', f'--compile={REAL}'))
     assert ('cuda' if REAL else 'pretended') in report['device']
     assert report['train'][0]['step_ms'] > 0 and report['sample']['samples_per_s'] > 0
 

@@ -205,8 +205,10 @@ def test_a_condition_is_coded_cut_kept_and_left_out_of_the_text():
         seen.extend(args)
         return torch.full((2, 8, 2), 7.0)
 
-    def watch(numbers, i, t, texts):
-        watched.append((list(numbers), i, texts()))
+    def watch(numbers, i, t, decode):
+        rows, ps = zip(*decode())
+        watched.append((list(numbers), i, list(rows)))
+        assert all(len(p) == len(ids) and 0 < min(p) <= max(p) <= 1 for ids, p in zip(rows, ps))
 
     how = dict(steps=3, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, grid='uniform')
     rows = list(sample_texts(model, Tokenizer(), range(2), 2, 0, CPU, how, ['d', 'defg'], encoder,

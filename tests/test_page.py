@@ -1,0 +1,328 @@
+"""
+The picture: frames and their tokens, the terminal, the page in a real browser (Debian's chromium;
+skipped without one), the SVG.
+    python -m pytest -q tests/test_page.py
+"""
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
+from html.parser import HTMLParser
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+import page
+from configurator import UserError
+from data import printable
+from model import ELF, ELFConfig
+from page import agree, lay_out, make_frame, moments, split, write_page, write_svg
+
+HOSTILE = ['<script>document.title = "owned"</script>', '</script><script>alert(1)</script>',
+           '<img src="http://evil.test/x" onerror="document.title = 1">', '</p><b>', '&amp;', '$x',
+           '<!--', ']]>', '\\u003c', '\x1b[31m', '\n', '\u2028', 'é', ' the', ' of', '"', "'"]
+
+
+@pytest.fixture(scope='session')
+def model(tmp_path_factory):
+    """The folder of a model that was never trained, whose every other token is markup."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+    folder = tmp_path_factory.mktemp('model')
+    vocab = {token: i for i, token in enumerate(['<pad>', '</s>', '<unk>', *HOSTILE])}
+    words = Tokenizer(models.WordLevel(vocab, unk_token='<unk>'))
+    words.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token='<pad>', eos_token='</s>',
+                            unk_token='<unk>', clean_up_tokenization_spaces=False
+                            ).save_pretrained(folder / 'tokenizer')
+    torch.manual_seed(0)
+    c = ELFConfig(n_layer=1, n_embd=16, n_head=2, latent_dim=8, bottleneck=4, max_length=16,
+                  vocab_size=len(vocab), tokenizer=str(folder / 'tokenizer'), encoder='none')
+    net = ELF(c)
+    torch.nn.init.normal_(net.final_layer.linear.weight, std=0.3)
+    torch.nn.init.normal_(net.unembed.weight, std=3.0)
+    net.unembed.bias.data[:3] = -100.0      # no pad, EOS, unk
+    net.unembed.bias.data[3:6] = 3.0        # more of what runs and loads
+    torch.save(dict(model=net.state_dict(), model_args=asdict(c)), folder / 'ckpt.pt')
+    return folder
+
+
+@pytest.fixture
+def sampled(run, model, tmp_path):
+    """sampled(*args) -> the texts of samples.jsonl; what was printed is left in sampled.out."""
+    def sampled(*args):
+        sampled.out = run('sample.py', f'--init_from={model}', f'--out_dir={tmp_path}',
+                          '--num_samples=10', '--steps=30', '--device=cpu', '--dtype=float32',
+                          *args)
+        lines = (tmp_path / 'samples.jsonl').read_text(encoding='utf-8').split('\n')
+        return [json.loads(line)['generated'] for line in lines if line]
+    return sampled
+
+
+def frames_of(*texts):
+    """Frames of one text; each word a token with its space, all of probability 0.95."""
+    frames = []
+    for step, text in enumerate(texts):
+        pieces = re.findall(r'\S+ ?', text)
+        row = dict(t=step / max(1, len(texts) - 1), pieces=pieces, p=[0.95] * len(pieces))
+        frames.append(dict(step=step, texts=[row]))
+    return frames
+
+# --------------------------------------------------------------------------------------------------
+# frames
+
+def test_moments_are_spread_and_hold_the_end():
+    assert moments(64, 0) == [] and moments(64, 1) == [64] and moments(64, 3) == [0, 32, 64]
+    assert moments(4, 48) == [0, 1, 2, 3, 4] and len(moments(64, 48)) == 48
+
+
+def test_tokens_join_to_the_text():
+    def decode(ids, skip_special_tokens):       # as T5 does: no space in front of the first word
+        return ' '.join(words[i] for i in ids if words[i]).replace(' ##', '')
+    words = ['', 'the', 'house', '##s', '.']
+    tokenizer = SimpleNamespace(decode=decode)
+    assert split([1, 0, 2, 3, 0, 1], tokenizer) == ['the', '', ' house', 's', '', ' the']
+    assert split([], tokenizer) == []
+
+    def decode_bytes(ids, skip_special_tokens):
+        return bytes(ids).decode(errors='replace')
+    text = 'a “é” b'
+    pieces = split([*text.encode()], SimpleNamespace(decode=decode_bytes))
+    assert ''.join(pieces) == text and len(pieces) == len(text.encode())
+    assert pieces[0] == 'a' and pieces[-1] == 'b'
+    frame = make_frame(3, torch.tensor([0.5, 0.25]), [([1, 2], [0.1, 0.2])], tokenizer)
+    assert frame == dict(step=3, texts=[dict(t=0.5, pieces=['the', ' house'], p=[0.1, 0.2])])
+
+
+def test_what_has_settled():
+    frames = frames_of('a b c', 'a x c d', 'a x y d')
+    assert agree(frames, 0) == [True, False, False, False]
+    assert agree(frames[1:], 0) == [True, True, False, True] and all(agree(frames[2:], 0))
+
+
+def test_lines_break_at_spaces():
+    lines = lay_out(['ab ', 'cd ', 'efghijk', '\n\x1b'], [1, 1, 2, 2], 6)
+    assert lines == [[('ab cd ', 1)], [('efghij', 2)], [('k \\x1b', 2)]]
+    assert lay_out([], [], 6) == [[]]
+
+# --------------------------------------------------------------------------------------------------
+# in a terminal
+
+class Screen:
+    """What a terminal shows, as far as sample.py goes: text, colours as marks, and a cursor."""
+    def __init__(self):
+        self.lines, self.row, self.drawings, self.grey = [''], 0, 0, []
+
+    def feed(self, output):
+        for part in re.split(r'(\x1b\[[?\d]*[A-Za-z]|\n)', output):
+            code = part[-1:] if part.startswith('\x1b') else ''
+            if code == 'F':
+                self.row -= int(part[2:-1])
+                assert self.row >= 0
+                self.fresh = True
+            elif code == 'J':
+                del self.lines[self.row + 1:]
+            elif part == '\x1b[?7l':
+                self.drawings += 1
+                self.grey.append(0)
+            elif part == '\x1b[90m':
+                self.grey[-1] += 1
+            elif part == '\x1b[K' or code in 'hm' and code:
+                pass
+            elif part == '\n':
+                self.row += 1
+                self.lines += [''] * (self.row + 1 - len(self.lines))
+                self.fresh = True
+            elif part:
+                self.lines[self.row] = ('' if self.fresh else self.lines[self.row]) + part
+                self.fresh = False
+
+    fresh = True        # what comes next overwrites the line
+
+
+def test_the_terminal_is_redrawn_in_place(sampled, monkeypatch):
+    monkeypatch.setattr(page, 'can_redraw', lambda: True)
+    monkeypatch.setattr(shutil, 'get_terminal_size', lambda: (2000, 40))
+    texts, screen = sampled('--trace=9'), Screen()
+    screen.feed(sampled.out)
+    bar = next(i for i, line in enumerate(screen.lines) if line.startswith('t='))
+    assert screen.lines[bar].startswith('t=1.00') and screen.lines[bar].endswith('step 30 of 30')
+    assert screen.drawings == 9 and sum(line.startswith('t=') for line in screen.lines) == 1
+    assert screen.lines[bar + 1:bar + 9] == ['  ' + printable(text) for text in texts[:8]]
+    assert screen.lines[bar + 9] == '--- 0'
+    assert all(screen.grey[:3]) and screen.grey[-1] == 0    # all may move at first, nothing at last
+    assert '\x1b[31m' not in sampled.out                    # no text moves the cursor
+
+
+def test_a_screen_smaller_than_the_texts(monkeypatch):
+    monkeypatch.setattr(shutil, 'get_terminal_size', lambda: (20, 6))
+    lines = page.screen(frames_of(*['some words of a text ' * 20] * 4), 9)
+    assert len(lines) == 4 and '\x1b' not in ''.join(lines[1:])     # likely, and long the same
+    shown = page.screen(frames_of('a b', 'a b', 'a c'), 9)[1]
+    assert shown == '  a \x1b[90mc\x1b[0m'
+
+
+def test_plain_lines_where_there_is_no_terminal(sampled, monkeypatch):
+    out = sampled('--trace=5') and sampled.out
+    assert out.count('  t=') == 5 and '\x1b' not in out and not page.can_redraw()
+    monkeypatch.setattr(sys, 'stdout', SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setenv('TERM', 'xterm')
+    assert page.can_redraw()
+    monkeypatch.setenv('TERM', 'dumb')
+    assert not page.can_redraw()
+
+# --------------------------------------------------------------------------------------------------
+# the page
+
+class Page(HTMLParser):
+    """What a page holds: the text of each article, the facts, attributes of body, the title."""
+    def __init__(self, source):
+        super().__init__()
+        self.path, self.texts, self.cells, self.body, self.title = [], [], [], {}, ''
+        self.button, self.spans = '', 0
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        if tag in ('meta', 'input', 'img'):
+            return
+        self.path.append(tag)
+        if tag == 'body':
+            self.body = dict(attributes)
+        if self.path[-2:] == ['article', 'p']:
+            self.texts.append('')
+        if tag in ('th', 'td'):
+            self.cells.append('')
+        self.spans += self.path[-3:] == ['article', 'p', 'span']
+
+    def handle_endtag(self, tag):
+        while tag in self.path and self.path.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if 'article' in self.path and 'p' in self.path:
+            self.texts[-1] += data
+        if self.path and self.path[-1] in ('th', 'td'):
+            self.cells[-1] += data.strip()
+        if self.path and self.path[-1] == 'title':
+            self.title += data
+        if self.path and self.path[-1] == 'button':
+            self.button += data
+
+
+@pytest.fixture(scope='module')
+def requests():
+    """A proxy that answers nothing -> its address, the first lines of the requests it has got."""
+    lines, server = [], socket.create_server(('127.0.0.1', 0))
+
+    def listen():
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            with connection:
+                connection.settimeout(5)
+                lines.append(connection.recv(1000).decode(errors='replace').split('\r\n')[0])
+    threading.Thread(target=listen, daemon=True).start()
+    yield '127.0.0.1:%d' % server.getsockname()[1], lines
+    server.close()
+
+
+@pytest.fixture
+def browse(tmp_path, requests):
+    """browse(file, milliseconds, hash) -> the Page that a real browser has made of it by then."""
+    chromium = shutil.which('chromium') or shutil.which('google-chrome')
+    if not chromium:
+        pytest.skip("no chromium here, the page is tested in no browser: apt-get install chromium")
+    flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+             '--disable-background-networking', '--disable-component-update', '--disable-sync',
+             f'--proxy-server={requests[0]}']
+
+    def browse(file, milliseconds=20000, hash=''):
+        profile = tmp_path / 'profile'
+        shutil.rmtree(profile, ignore_errors=True)
+        return Page(subprocess.run(
+            [chromium, *flags, f'--user-data-dir={profile}', '--dump-dom',
+             f'--virtual-time-budget={milliseconds}', f'file://{file}{hash}'], timeout=120,
+            check=True, capture_output=True, text=True, encoding='utf-8').stdout)
+    return browse
+
+
+def test_the_page_plays_to_the_end(sampled, browse, requests, tmp_path):
+    """No text runs, or loads anything; the last frame is what samples.jsonl holds."""
+    texts = sampled(f'--html={tmp_path}/new/page.html', '--seed=3')
+    file = tmp_path / 'new' / 'page.html'
+    assert any('<script>' in text for text in texts) and any('<img' in text for text in texts)
+    end = browse(file)
+    assert end.texts == texts[:8] and end.spans > 8     # drawn by the script
+    assert end.title == 'Text out of noise' and end.body == {'data-moment': '30'}
+    assert end.button == 'Play'                         # it has stopped
+    facts = dict(zip(end.cells[::2], end.cells[1::2]))
+    assert facts['seed'] == '3' and facts['steps'] == facts['NFE (passes per text)'] == '30'
+    assert 0 < float(facts['mean probability of a token']) <= 1
+    on_the_way = browse(file, 1200)
+    assert 0 < int(on_the_way.body['data-moment']) < 30 and on_the_way.button == 'Pause'
+    chosen = browse(file, hash='#2')
+    assert chosen.body == {'data-moment': '2'} and chosen.texts != end.texts
+    assert not [line for line in requests[1] if 'evil.test' in line]
+    (tmp_path / 'bad.html').write_text('<img src="http://evil.test/x">')
+    browse(tmp_path / 'bad.html')                       # what a page that lets go of one would do
+    assert [line for line in requests[1] if 'evil.test' in line]
+
+
+def test_the_page_without_its_script(sampled, tmp_path):
+    """A browser that runs nothing shows the last frame; the file names no other."""
+    texts = sampled(f'--html={tmp_path}/page.html', '--batch_size=3', '--trace=2')
+    source = (tmp_path / 'page.html').read_text(encoding='utf-8')
+    parsed = Page(source)
+    assert parsed.texts == texts[:3] and parsed.title == 'Text out of noise'      # the first batch
+    data = re.search(r'id="frames">(.*)</script>\n<script>', source)[1]
+    articles = re.search(r'<section.*</section>', source, re.DOTALL)[0]
+    assert articles.count('<') == 8 * 3 + 2             # our own tags alone
+    frames = json.loads(data)
+    assert [step for step, _ in frames] == [0, 30]
+    assert [''.join(pieces) for _, pieces, _ in frames[-1][1]] == texts[:3]
+    assert '<' not in data and not re.search(r'<(img|link|iframe|object)|src=|href=|url\(|@import',
+                                             source.replace(data, '').replace(articles, ''))
+    assert sampled.out.count('  t=') == 2
+
+
+def test_texts_of_no_token_and_one_frame(tmp_path):
+    frames = [dict(step=1, texts=[dict(t=1.0, pieces=[], p=[])])]
+    write_page(tmp_path / 'page.html', frames, {})
+    assert Page((tmp_path / 'page.html').read_text()).texts == ['']
+    write_svg(tmp_path / 'a.svg', frames)
+    ElementTree.parse(tmp_path / 'a.svg')
+
+# --------------------------------------------------------------------------------------------------
+# the SVG
+
+def test_the_svg_holds_the_text_and_nothing_else(sampled, tmp_path):
+    texts = sampled(f'--svg={tmp_path}/a/demo.svg')
+    file = tmp_path / 'a' / 'demo.svg'
+    assert file.stat().st_size < 200_000
+    root = ElementTree.parse(file).getroot()
+    space = '{http://www.w3.org/2000/svg}'
+    kinds = {element.tag.removeprefix(space) for element in root.iter()}
+    assert kinds == {'svg', 'title', 'style', 'rect', 'g', 'text', 'tspan'}
+    groups = root.findall(space + 'g')
+    assert len(groups) == 24 and [g.get('class') for g in groups] == ['one'] * 23 + ['last']
+    first, last = [''.join(g.itertext()) for g in (groups[0], groups[-1])]
+    assert last.startswith('t = 1.00' + printable(texts[0])) and not first.startswith('t = 1')
+    delays = [float(re.search(r'-[\d.]+', g.get('style'))[0]) for g in groups]
+    assert delays == pytest.approx([0.25 * k - 9 for k in range(24)])
+
+
+@pytest.mark.parametrize('name', ['html', 'svg'])
+def test_files_that_cannot_be_written(name, sampled, tmp_path):
+    (tmp_path / 'a').write_text('')
+    for file, says in ((tmp_path / 'a' / 'b', 'cannot be written'), (tmp_path, 'is a folder')):
+        with pytest.raises(UserError, match=f'{name}=.*{says}'):
+            sampled(f'--{name}={file}')
+    assert not (tmp_path / 'samples.jsonl').exists()

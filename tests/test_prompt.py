@@ -1,0 +1,198 @@
+"""
+Prompts and holes: what is known stays known, how it is shown to the model, what is refused.
+    python -m pytest -q tests/test_prompt.py
+"""
+import json
+import os
+import re
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoTokenizer
+
+from configurator import UserError
+from model import ELF, ELFConfig, TextEncoder
+from sample import generate, read_prompt, resolve_sampling, sample_texts
+
+T5 = os.path.join(os.path.dirname(ROOT), 'shared', 'data', 't5_tokenizer')
+CPU = torch.device('cpu')
+
+
+class Spy:
+    """A network that sees x everywhere, and notes what it was given."""
+    def __init__(self, x, **settings):
+        self.config, self.x, self.calls = ELFConfig(**settings), x, []
+
+    def denoise(self, z, x_prev, t, w):
+        self.calls.append((z, x_prev, t))
+        return self.x
+
+
+@pytest.fixture(scope='module')
+def letters(bins):
+    return AutoTokenizer.from_pretrained(bins / 'tiny' / 'tokenizer')
+
+
+@pytest.fixture(scope='module')
+def folder(bins, tmp_path_factory):
+    """The folder of a model of the tiny set that was never trained."""
+    torch.manual_seed(0)
+    tiny = bins / 'tiny'
+    c = ELFConfig(n_layer=1, n_embd=16, n_head=2, latent_dim=16, bottleneck=4, max_length=13,
+                  vocab_size=30, steps=5, latent_std=1.0, tokenizer=str(tiny / 'tokenizer'),
+                  encoder=str(tiny / 'encoder'))
+    net = ELF(c)
+    torch.nn.init.normal_(net.final_layer.linear.weight, std=0.3)
+    torch.nn.init.normal_(net.unembed.weight)
+    folder = tmp_path_factory.mktemp('model')
+    for name, settings in (('', c), ('tasks', ELFConfig(**asdict(c) | dict(max_input_length=4)))):
+        (folder / name).mkdir(exist_ok=True)
+        ckpt = dict(model=net.state_dict(), model_args=asdict(settings))
+        torch.save(ckpt, folder / name / 'ckpt.pt')
+    return folder
+
+# --------------------------------------------------------------------------------------------------
+# the sampler
+
+@pytest.mark.parametrize('sampler, gamma', [('ode', 0.0), ('sde', 2.0)])
+def test_what_is_known_is_as_noisy_as_all_else(sampler, gamma):
+    B, T, steps = 3, 400, 8
+    torch.manual_seed(0)
+    mask = torch.rand(B, T) < 0.5
+    cond = torch.full((B, T, 2), 9.0)
+    model = Spy(torch.full((B, T, 2), -1.0), noise_scale=0.5)
+    z = generate(model, 0.5 * torch.randn(B, T, 2), torch.linspace(0, 1, steps + 1), sampler, gamma,
+                 cond=cond, cond_mask=mask, noisy_cond=True)
+    assert torch.equal(z[mask], cond[mask]) and (z[~mask] == -1).all()
+    noises = []
+    for i, (z, x_prev, t) in enumerate(model.calls):
+        noises.append((z[mask] - 9 * t[0]) / (1 - t[0]))
+        assert noises[-1].mean().abs() < 0.06 and 0.45 < noises[-1].std() < 0.55
+        assert (x_prev[mask] == 9).all() and (x_prev[~mask] == (-1 if i else 0)).all()
+        free = (z[~mask] + t[0]) / (1 - t[0])           # is on the way to what the network sees
+        assert free.mean().abs() < 0.1
+        # the SDE had stepped back; what is known had to, too
+        assert t[0] == pytest.approx(i / steps * (1 - gamma / steps if i < steps - 1 else 1))
+    for a, b in zip(noises, noises[1:]):
+        assert abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 0.1     # fresh
+
+
+def test_known_tokens_come_out_as_given_and_text_i_depends_on_seed_and_i(folder, letters):
+    model = ELF.from_pretrained(str(folder))
+    c, encoder = model.config, TextEncoder(model.config.encoder)
+    how = resolve_sampling(c) | dict(grid='logit_normal')
+
+    def texts(numbers, batch_size, text, holes):
+        torch.manual_seed(batch_size)
+        known = read_prompt(text, holes, letters, c)
+        rows = list(sample_texts(model, letters, numbers, batch_size, 5, CPU, how, None, encoder,
+                                 watch, known))
+        for row in rows:
+            ids = torch.tensor(row['ids'])
+            assert (ids == known[0][:len(ids)])[known[1][:len(ids)]].all()
+            assert len(ids) > known[1].nonzero().max() and 1 not in ids[known[1].nonzero().max():]
+            assert row['generated'] == letters.decode(ids, skip_special_tokens=True)
+        return rows
+
+    def watch(numbers, i, t, decode):
+        watched.append(decode())
+
+    for text, holes in (('an', False), ('the ___of', True), ('____a____', True)):
+        watched = []
+        whole = texts(range(6), 6, text, holes)
+        last = [ids for ids, _ in watched[-1]]
+        assert len({tuple(ids) for ids in last}) > 1 and last == [row['ids'] for row in whole]
+        assert all(len(ids) == len(p) for ids, p in watched[-1]) and len(watched) == 6
+        assert watched[0][0][1][:1] == [1.0] or holes       # what is given is sure
+        assert texts(range(6), 1, text, holes) == texts(range(6), 4, text, holes) == whole
+        assert texts([4, 2], 2, text, holes) == [whole[4], whole[2]]
+
+
+def test_an_eos_in_a_hole_ends_nothing(folder, letters):
+    model = ELF.from_pretrained(str(folder))
+    model.unembed.bias.data[1] = 100.0              # nothing but EOS
+    encoder = TextEncoder(model.config.encoder)
+    how = resolve_sampling(model.config) | dict(grid='uniform')
+    for text, ids in (('a____b', [4, 1, 1, 1, 1, 5]), ('ab___', [4, 5])):
+        known = read_prompt(text, True, letters, model.config)
+        row, = sample_texts(model, letters, [0], 1, 0, CPU, how, None, encoder, prompt=known)
+        assert row == dict(id=0, generated='ab', ids=ids)
+
+# --------------------------------------------------------------------------------------------------
+# texts to tokens
+
+def shown(tokenizer, text, holes, max_length=12):
+    """What is given, as tokens; a hole is a dot."""
+    ids, known = read_prompt(text, holes, tokenizer, ELFConfig(max_length=max_length))
+    assert len(ids) == len(known) == max_length and ids.dtype == torch.long
+    tokens = tokenizer.convert_ids_to_tokens(ids.tolist())
+    return [token if given else '.' for token, given in zip(tokens, known.tolist())]
+
+
+def test_letters(letters):
+    assert shown(letters, 'the ', False) == [*'the ', *'........']
+    assert shown(letters, 'a ___ of___', True) == [*'a ... of....']
+    assert shown(letters, '___a_____b', True) == [*'...a.....b..']
+
+
+def test_a_space_belongs_to_the_word_that_comes():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    vocab = {token: i for i, token in enumerate(['<pad>', '</s>', '<unk>', 'Ġ', 'a', 'b', 'Ġa'])}
+    words = Tokenizer(models.BPE(vocab, [('Ġ', 'a')], unk_token='<unk>'))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    words = PreTrainedTokenizerFast(tokenizer_object=words, pad_token='<pad>', eos_token='</s>',
+                                    unk_token='<unk>')
+    assert shown(words, 'b a ', False, 5) == ['b', 'Ġa', '.', '.', '.']
+    assert shown(words, 'b ___ a', True, 5) == ['b', '.', '.', '.', 'Ġa']
+
+
+@pytest.mark.skipif(not os.path.isdir(T5), reason=f'needs {T5}')
+def test_t5():
+    tokenizer = AutoTokenizer.from_pretrained(T5)
+    assert shown(tokenizer, 'The ____ of the house', True, 9) == [
+        '▁The', '.', '.', '.', '.', '▁of', '▁the', '▁house', '.']
+    for text in ('a <extra_id_0>', '😀'):
+        with pytest.raises(UserError, match="has no token for (😀|<extra_id_0>) in a text"):
+            shown(tokenizer, text, False)
+
+# --------------------------------------------------------------------------------------------------
+# the command
+
+@pytest.mark.parametrize('arg, text', [
+    ('--prompt=abc', 'abc'), ('--infill=ab___cd', 'ab(.{0,3})cd'), ('--infill=____ad', '.{0,4}ad')])
+def test_sample_says_what_is_given_and_gives_it(arg, text, run, folder, tmp_path):
+    out = run('sample.py', f'--init_from={folder}', f'--out_dir={tmp_path}', '--device=cpu',
+              '--dtype=float32', '--num_samples=3', '--batch_size=2', arg)
+    given = sum(letter in 'abcd' for letter in arg.partition('=')[2])
+    assert f"prompt: {given} of 13 tokens are given" in out
+    lines = (tmp_path / 'samples.jsonl').read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 3 and all(re.match(text, row['generated']) for row in rows)
+
+
+@pytest.mark.parametrize('args, says', [
+    (['--prompt=a', '--infill=b___'], 'prompt and infill exclude each other'),
+    (['--prompt=a', '--input=b'], 'input and prompt exclude each other'),
+    (['--prompt='], "'' gives no token"), (['--infill='], "'' gives no token"),
+    (['--infill=______'], 'gives no token'),
+    (['--infill=abc'], "infill='abc' has no hole; write ___, an underscore for each token"),
+    (['--infill=a__c'], "has no token for _ in"),
+    (['--prompt=The Ü'], "'The Ü': the model's tokenizer has no token for T Ü in"),
+    (['--prompt=a</s>b'], 'no token for </s> in a text'),
+    (['--prompt=abcdefghijklm'], "takes 13 tokens, a text of this model has 13, .*; shorten it"),
+    (['--infill=abc___________'], 'takes 14 tokens'),
+    (['--prompt=a', '--cfg=2'], 'cfg=2.0: a prompt is no condition')])
+def test_what_is_refused(args, says, run, folder, tmp_path):
+    with pytest.raises(UserError, match=says) as e:
+        run('sample.py', f'--init_from={folder}', f'--out_dir={tmp_path}', '--device=cpu', *args)
+    assert '\n' not in str(e.value) and not os.listdir(tmp_path)
+
+
+def test_a_model_with_conditions_takes_an_input(run, folder, tmp_path):
+    with pytest.raises(UserError, match='is a model with conditions; give --input='):
+        run('sample.py', f'--init_from={folder}/tasks', f'--out_dir={tmp_path}', '--device=cpu',
+            '--prompt=abc')

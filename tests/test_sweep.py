@@ -1,0 +1,154 @@
+"""
+The sweep: its combinations, what it measures once, where it goes on, the picture.
+    python -m pytest -q tests/test_sweep.py
+"""
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from test_eval import change_settings, eval_command, evaluate, trained  # noqa: F401, fixtures
+
+import sample
+import sweep
+from configurator import UserError
+
+SETTINGS = dict(init_from='', out_dir='out', steps=-1, sampler='', gamma=-1.0, w=-1.0, cfg=-1.0,
+                grid='logit_normal')
+
+
+@pytest.fixture
+def swept(run, trained):
+    """swept(sweep, *args) -> the rows of sweep.jsonl; what was printed is left in swept.out."""
+    def swept(text, *args):
+        with pytest.raises(SystemExit) as end:
+            run('eval.py', '--device=cpu', *trained, f'--sweep={text}', *args)
+        assert not end.value.code
+        return read(trained)
+    return swept
+
+
+def read(trained):
+    with open(os.path.join(trained[0].partition('=')[2], 'sweep.jsonl'), encoding='utf-8') as f:
+        return [json.loads(line) for line in f]
+
+
+def count_samplings(monkeypatch, fail_at=None):
+    """A list that grows by the settings of each call of the sampler; the call fail_at is a kill."""
+    calls, real = [], sample.generate
+
+    def generate(*args, **kwargs):
+        calls.append((args[2].shape[1] - 1, kwargs['sampler'], kwargs['gamma']))
+        if len(calls) == fail_at:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(sample, 'generate', generate)
+    return calls
+
+
+def test_combinations_are_the_product():
+    got = sweep.combinations('steps=4,8  gamma=0,1.5', SETTINGS)
+    assert [(one['steps'], one['gamma']) for one in got] == [(4, 0.0), (4, 1.5), (8, 0.0), (8, 1.5)]
+    assert got[0] == SETTINGS | dict(steps=4, gamma=0.0) and type(got[0]['gamma']) is float
+    assert sweep.combinations('', SETTINGS) == [SETTINGS]
+    models = sweep.combinations('out_dir=out/a,out/b', SETTINGS | dict(init_from='org/elf'))
+    assert [(one['init_from'], one['out_dir']) for one in models] == [('', 'out/a'), ('', 'out/b')]
+
+
+@pytest.mark.parametrize('text, says', [
+    ('step=4', "'step=4' is not name=value,value with one of init_from, .*grid"),
+    ('seed=1,2', "'seed=1,2' is not"), ('steps', "'steps' is not"), ('steps=', "'steps=' is not"),
+    ('steps=4,,8', "is not name"), ('steps=4 steps=8', 'each once'),
+    ('steps=4,a', "--sweep: steps='a' is not a whole number"),
+    ('steps=4.5', 'not a whole number'), ('gamma=x', "gamma='x' is not a number"),
+    ('steps=0', 'at least 1'), ('sampler=sdf', 'sampler is one of ode, sde'),
+    ('grid=even', 'grid is one of logit_normal, quantile, uniform'),
+    ('out_dir=a init_from=b', 'use one of them'),
+])
+def test_malformed_is_refused_before_any_model_is_loaded(run, tmp_path, text, says):
+    with pytest.raises(UserError, match=says):
+        run('eval.py', f'--sweep={text}', f'--out_dir={tmp_path}/none')
+    assert not (tmp_path / 'none').exists()
+
+
+def test_samples_each_combination_once(swept, tmp_path, monkeypatch):
+    calls = count_samplings(monkeypatch)
+    rows = swept('steps=2,3 sampler=sde,ode gamma=0.5,1', '--batch_size=6')
+    # gamma means nothing to an ODE
+    assert calls == [(n, *how) for n in (2, 3) for how in (('sde', 0.5), ('ode', 0.0), ('sde', 1.0))]
+    assert [row['model'] for row in rows] == ['real text'] + 6 * [str(tmp_path)]
+    for row in rows:
+        assert row['nats_per_char'] > 0 and row['entropy_own'] > 0 and row['texts'] == 6
+        assert row['nfe'] == row['steps'] and row['judge'] == 'ngram' and row['seconds'] >= 0
+    assert (tmp_path / 'sweep.png').stat().st_size > 10000
+    assert not (tmp_path / 'samples_eval.jsonl').exists()
+
+
+def test_says_what_a_sampling_without_a_sweep_says(swept, evaluate, trained):
+    rows = swept('steps=2 gamma=0,1')
+    alone = evaluate(*trained, '--steps=2', '--gamma=1', '--eval_iters=0')
+    for key in ('nats_per_char', 'entropy_own', 'distinct_4', 'words', 'repetition'):
+        assert rows[0][key] == alone['real'][key] and rows[2][key] == alone[key]
+
+
+def test_goes_on_where_it_was_killed(swept, run, trained, tmp_path, monkeypatch, capsys):
+    text = 'steps=2,3 gamma=0,1'
+    with monkeypatch.context() as m:
+        count_samplings(m, fail_at=4)       # two batches each: in the second combination
+        with pytest.raises(KeyboardInterrupt):
+            run('eval.py', '--device=cpu', *trained, f'--sweep={text}')
+    before = read(trained)
+    assert [(row['steps'], row.get('gamma')) for row in before] == [(0, None), (2, 0.0)]
+    with open(tmp_path / 'sweep.jsonl', 'a', encoding='utf-8') as f:
+        f.write('\n{"cut": \n')
+    calls = count_samplings(monkeypatch)
+    with pytest.raises(SystemExit):
+        run('eval.py', '--device=cpu', *trained, f'--sweep={text}')
+    assert [call[0] for call in calls] == [2, 2, 3, 3, 3, 3]
+    assert sweep.read_rows(tmp_path / 'sweep.jsonl')[:2] == before
+
+    # nothing is left; another seed, another model, more texts: all is to be done
+    out = capsys.readouterr().out
+    calls.clear()
+    with pytest.raises(SystemExit):
+        run('eval.py', '--device=cpu', *trained, f'--sweep={text}')
+    assert not calls and (tmp_path / 'sweep.png').exists()
+    for change in (['--seed=3'], ['--num_samples=3'], []):
+        if not change:
+            os.utime(tmp_path / 'ckpt.pt')
+        with pytest.raises(SystemExit):
+            run('eval.py', '--device=cpu', *trained, '--sweep=steps=2', *change)
+        assert len(calls) == (1 if '--num_samples=3' in change else 2)
+        calls.clear()
+    del out
+
+
+def test_several_models_and_seeds(swept, tmp_path, capsys):
+    other = tmp_path / 'other'
+    other.mkdir()
+    shutil.copy(tmp_path / 'ckpt.pt', other)
+    change_settings(other, by_steps={2: dict(gamma=0.25)})
+    rows = swept(f'out_dir={tmp_path},{other} steps=2', '--seeds=1,2')
+    assert [row['model'] for row in rows] == ['real text', str(tmp_path), str(other)]
+    assert [row['gamma'] for row in rows[1:]] == [1.5, 0.25] and rows[1]['seeds'] == [1, 2]
+    assert rows[1]['stderr']['nats_per_char'] > 0 and 'stderr' not in rows[0]
+
+
+def test_two_ranks_sweep_as_one(swept, trained, tmp_path):
+    alone = swept('steps=2,3')
+    os.remove(tmp_path / 'sweep.jsonl')
+    got = eval_command(*trained, '--sweep=steps=2,3', ranks=2)
+    assert got.returncode == 0, got.stderr
+    together = read(trained)
+    assert [row | dict(seconds=0) for row in together] == [row | dict(seconds=0) for row in alone]
+    assert got.stdout.count('steps=3') == 1 + 1     # in the settings and in the table
+
+
+def test_the_picture_without_real_text_and_with_blank_texts(tmp_path):
+    rows = [dict(model='m', steps=n, sampler='sde', gamma=g, w=3.0, cfg=1.0, grid='uniform',
+                 num_samples=4, gen_ppl=None if g else 30.0 + n, entropy=5.0, entropy_own=4.0)
+            for n in (4, 8) for g in (0.0, 1.0)]
+    sweep.plot_sweep(str(tmp_path / 'sweep.png'), rows)
+    assert sorted(os.listdir(tmp_path)) == ['sweep.png']
