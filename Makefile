@@ -12,14 +12,18 @@ DEMO_SAMPLES ?= 200
 	touch .venv/ready
 
 demo: .venv/ready
+	@echo "ELF learns to write about Python, from Python's own documentation: some six minutes on two"
+	@echo "CPU cores, nothing is downloaded; its loss line tells how much time is left"
 	.venv/bin/python prepare.py
 	.venv/bin/python train.py config/demo.py $(DEMO)
-	.venv/bin/python sample.py --out_dir=out/demo --num_samples=8 --trace=8 --dtype=float32
+	.venv/bin/python sample.py --out_dir=out/demo --num_samples=8 --trace=8 \
+		--html=out/demo/page.html
 	.venv/bin/python eval.py --out_dir=out/demo --dataset=pydocs --judge=ngram \
-		--num_samples=$(DEMO_SAMPLES) --batch_size=50 --eval_iters=5 --dtype=float32
+		--num_samples=$(DEMO_SAMPLES) --batch_size=50 --eval_iters=5
 	@echo
-	@echo "the model is in out/demo/ckpt.pt, its losses in loss.png and metrics.jsonl, texts in samples.jsonl"
-	@echo "try next:  .venv/bin/python sample.py --out_dir=out/demo --seed=7 --steps=64 --trace=12"
+	@echo "look:      out/demo/page.html in a browser: the texts come out of the noise; loss.png"
+	@echo "try next:  .venv/bin/python sample.py --out_dir=out/demo --seed=7 --trace=32"
+	@echo "           .venv/bin/python sample.py --out_dir=out/demo --prompt=' the'"
 	@echo "           .venv/bin/python prepare.py --dataset=my.txt"
 	@echo "           .venv/bin/python train.py config/demo.py --dataset=my --out_dir=out/my"
 

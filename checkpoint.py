@@ -138,7 +138,7 @@ MAY_CHANGE_ON_RESUME = (
     'out_dir', 'init_from', 'overwrite', 'log_interval', 'eval_interval', 'eval_iters',
     'save_interval', 'keep_interval', 'sample_interval', 'wandb_log', 'wandb_project', 'data_dir',
     'verify_data', 'max_iters', 'max_minutes', 'max_bad_steps', 'max_epochs', 'device', 'compile',
-    'gradient_checkpointing', 'sampler', 'steps', 'gamma', 'w', 'cfg')
+    'gradient_checkpointing', 'sampler', 'steps', 'gamma', 'w', 'cfg', 'grid')
 
 
 def where_to_start(init_from, out_dir, overwrite, launch):

@@ -38,13 +38,13 @@ def config_text(config):
     for key, (name, default) in OFFICIAL_SETTINGS.items():
         if key != 'gelu' or getattr(config, name) != default:       # not a setting of theirs
             official[key] = getattr(config, name)
-    own = dict(sampler=config.sampler, gamma=config.gamma, w=config.w, cfg=config.cfg)
+    own = {k: getattr(config, k) for k in ('sampler', 'gamma', 'w', 'cfg', 'grid')}
     official['sampling_configs'] = []
     for steps, differs in {config.steps: {}, **config.by_steps}.items():
         how = own | differs
         official['sampling_configs'].append(dict(
             sampling_method=how['sampler'], num_sampling_steps=[steps], cfgs=[how['cfg']],
-            sde_gamma=how['gamma'], self_cond_cfg_scales=[how['w']], time_schedule='logit_normal'))
+            sde_gamma=how['gamma'], self_cond_cfg_scales=[how['w']], time_schedule=how['grid']))
     return yaml.safe_dump(official, sort_keys=False)
 
 

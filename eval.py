@@ -410,9 +410,8 @@ if __name__ == '__main__':
         sys.exit()
 
     # ---- the texts: each rank samples its share, the first one measures --------------------------
-    report = dict(source=samples or init_from or out_dir, judge=judge)
+    report, runs = dict(source=samples or init_from or out_dir, judge=judge), {}
     report |= dict(seeds=seeds) if seeds else dict(seed=seed)
-    runs = {}
     if samples:
         runs['samples'] = given
     else:
@@ -452,7 +451,7 @@ if __name__ == '__main__':
     report |= over_all
     if len(runs) > 1:
         results['mean'], results['std err'] = over_all, over_all['stderr']
-        report['by_seed'] = {name.partition('_')[2]: results[name] for name in runs}
+        report['by_seed'] = dict(zip(seeds.split(','), of_runs))
     report |= {name: results[name] for name in others}
     print_table(results, unit)
     if ngram:

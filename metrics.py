@@ -121,10 +121,9 @@ def bleu(hyps, refs, cased=False):
 def rouge(hyps, refs):
     """ROUGE-1, -2 and -L, stemmed: F-measure * 100 of each pair, then the plain mean."""
     from rouge_score import rouge_scorer
-    assert len(hyps) == len(refs) > 0, f"{len(hyps)} texts, {len(refs)} references"
     kinds = ('rouge1', 'rouge2', 'rougeL')
     scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True)
-    scores = [scorer.score(ref, hyp) for hyp, ref in zip(hyps, refs)]
+    scores = [scorer.score(ref, hyp) for hyp, ref in zip(hyps, refs, strict=True)]
     return {kind: mean([score[kind].fmeasure * 100 for score in scores]) for kind in kinds}
 
 # --------------------------------------------------------------------------------------------------
@@ -212,16 +211,15 @@ def gen_ppl(texts, judge, batch_size=16, device='cpu', max_length=1024):
     for first in tqdm(range(0, len(rows), batch_size), desc='judge', disable=None, leave=False):
         part = rows[first:first + batch_size]
         ids = torch.tensor([row + [eos] * (width - len(row)) for row in part], device=device)
-        logits = model(ids).logits      # (B, T, V); what is scored never looks at the fill
-        # row by row: the float32 logits of a batch are gigabytes already
-        nll = torch.stack([F.cross_entropy(row[:-1], target[1:], reduction='none')
-                           for row, target in zip(logits, ids)]).cpu().double()         # (B, T-1)
-        token = (ids != eos).cpu()
-        first_eos = (~token).cumsum(1) == 1         # from the first EOS to before the second
-        port = (token.double() + first_eos)[:, 1:]
-        weights = torch.stack((port.clamp(max=1), port))                             # (2, B, T-1)
-        nlls += (weights * nll).sum((1, 2))
-        tokens += weights.sum((1, 2))
+        # what is scored never looks at the fill; row by row, as float32 logits take gigabytes
+        for row, logits in zip(ids, model(ids).logits):                         # (T,), (T, V)
+            nll = F.cross_entropy(logits[:-1], row[1:], reduction='none').double().cpu()
+            token = (row != eos).double().cpu()
+            first_eos = (1 - token).cumsum(0) == 1      # from the first EOS to before the second
+            port = (token + first_eos)[1:]
+            weights = torch.stack((port.clamp(max=1), port))                    # (2, T-1)
+            nlls += weights @ nll
+            tokens += weights.sum(1)
     jax, port = (nlls / tokens).exp().tolist()      # nan where there are no tokens
     return dict(gen_ppl=jax, gen_ppl_port=port, entropy=mean([*map(entropy, rows)]),
                 tokens=int(tokens[0]), empty=len(texts) - len(rows))

@@ -73,6 +73,7 @@ class ELFConfig:
     gamma: float = 1.5
     w: float = 3.0
     cfg: float = 1.0
+    grid: str = 'logit_normal'
     by_steps: dict = field(default_factory=dict)    # what differs there, {64: {'gamma': 1.0}}
 
 NAMES = [f.name for f in fields(ELFConfig)]

@@ -162,13 +162,12 @@ def read_sampling(official, size):
         entry = SAMPLING_DEFAULTS | entry
         if entry['sampling_method'] not in ('ode', 'sde'):
             raise ValueError(f"sampling_method: {entry['sampling_method']!r} is not ode or sde")
+        if entry['time_schedule'] not in ('logit_normal', 'quantile', 'uniform'):      # theirs: two
+            raise ValueError(f"time_schedule: {entry['time_schedule']!r} is not known")
         sampler = dict(sampler=entry['sampling_method'],
                        gamma=to_type('sde_gamma', entry['sde_gamma'], 0.0),
                        w=to_type('self_cond_cfg_scales', entry['self_cond_cfg_scales'][0], 0.0),
-                       cfg=to_type('cfgs', entry['cfgs'][0], 0.0))
-        grid = entry['time_schedule']
-        if grid != 'logit_normal':
-            print(f"config.yml samples on a {grid} grid: give --grid={grid} for the same")
+                       cfg=to_type('cfgs', entry['cfgs'][0], 0.0), grid=entry['time_schedule'])
         for steps in entry['num_sampling_steps']:
             samplers.setdefault(to_type('num_sampling_steps', steps, 0), sampler)
     steps = list(samplers)[0]

@@ -13,6 +13,7 @@ Own data: UTF-8 .txt files; .jsonl files, {"text": ...} or {"input": ..., "outpu
 what is train, validation and test. Everything streams: memory does not grow with the data. A set
 appears under its name whole or not at all.
 """
+import ast
 import glob
 import json
 import os
@@ -26,6 +27,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import UserError, configure, from_hub
@@ -43,18 +45,18 @@ revision = ''           # of a hub id: branch, tag or commit
 name = ''               # folder under data_dir, '' = the dataset's name
 data_dir = 'data'
 letters_only = True     # texts: a-z, lower-case, and single spaces, the easiest; false = all of it
-max_length = 32         # texts: tokens per row, its EOS included
+max_length = 24         # texts: tokens per row, its EOS included
 pack = 'words'          # texts: rows of whole 'words' or 'paragraphs', or one of the 'texts' a row
 val_fraction = 0.05     # set aside, spread evenly: rows, texts, or blocks of about 2,000 characters
 tokenizer = ''          # hub id or folder, '' = train one on the text and save it beside the bins
-token_level = 'chars'   # of a trained tokenizer: 'chars' or 'subwords'
-vocab_size = 1000       # of trained subwords
-encoder = ''            # T5-family hub id or folder, '' = a small random one, saved beside the bins
-encoder_dim = 32        # its width C: the width of the latents
-encoder_layers = 2
+token_level = 'subwords'    # of a trained tokenizer: 'chars' or 'subwords', here mostly whole words
+vocab_size = 6000       # of trained subwords
+encoder = ''            # T5-family hub id or folder, '' = a small untrained one beside the bins
+encoder_dim = 64        # its width C: the width of the latents
+encoder_layers = 0      # 0 = a vector per token, whatever stands around it
 latent_mean = 0.0       # of the encoder's outputs, taken off the latents;
 latent_std = 0.0        # 0.0 = measure both (t5-small: the published 0.0 and 0.2)
-seed = 0                # of the random encoder
+seed = 0                # of the untrained encoder
 
 # --------------------------------------------------------------------------------------------------
 # sets by name: what stands here holds where the user set nothing else
@@ -209,12 +211,32 @@ def find_splits(source, folder, for_val):
 
 # ---- texts ----
 
+def docstrings():
+    """Every docstring of Python's standard library but its tests; read, never imported."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    # a distribution may leave some out, or put its own packages beside
+    skipped = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'lib2to3'}
+    for at, folders, files in os.walk(os.path.dirname(os.__file__)):
+        folders[:] = sorted(set(folders) - skipped)
+        for file in sorted(files):
+            if not file.endswith('.py'):
+                continue
+            with open(os.path.join(at, file), 'rb') as f:
+                tree = ast.parse(f.read())
+            for node in ast.walk(tree):
+                if isinstance(node, documented):
+                    yield ast.get_docstring(node) or ''
+
+
 def pydocs_text():
-    """The prose of pydoc_data.topics, the language reference; blank lines between paragraphs."""
+    """
+    The prose that every Python carries, of its language reference (pydoc_data.topics) and of its
+    library's docstrings; a paragraph a line, blank lines between.
+    """
     from pydoc_data.topics import topics
-    paragraphs = {}             # a dict, as some sections stand in two topics
-    for topic in sorted(topics):
-        for paragraph in topics[topic].split('\n\n'):
+    paragraphs = {}             # a dict, as some stand in two places
+    for text in chain((topics[topic] for topic in sorted(topics)), docstrings()):
+        for paragraph in text.split('\n\n'):
             flat = re.sub(r'[*"`]+', '', ' '.join(paragraph.split()))
             if is_prose(flat):
                 paragraphs[flat] = True
@@ -564,19 +586,48 @@ def write_splits(folder, source, tok, dtype, pack, max_length):
 # --------------------------------------------------------------------------------------------------
 # encoder
 
-def save_random_encoder(path, vocab_size, dim, layers, seed):
+def neighbour_vectors(meta, dim, seed):
     """
-    A small T5 encoder with seeded random weights; its latents mix each token with its neighbours,
-    which is all the demo needs.
+    Vectors (V, dim) of tokens by the company they keep, so that "is" lies near "was": how much more
+    often than by chance each other token stands right before or after, as a positive logarithm,
+    reduced to dim singular directions. The strongest one only tells how frequent a token is and is
+    left out. Mean square norm 1; rare tokens are short.
+    """
+    V = meta['vocab_size']
+    ids = open_split(meta, 'train')[0][:2_000_000].astype(np.int64)
+    # a token and a neighbour as one number; neighbours on the right count from V on
+    before, after = ids[1:] * 2 * V + ids[:-1], ids[:-1] * 2 * V + V + ids[1:]
+    pairs, counts = np.unique(np.concatenate((before, after)), return_counts=True)
+    at = np.stack(np.divmod(pairs, 2 * V))
+    tokens = np.bincount(at[0], counts, V)
+    # the power keeps rare neighbours from ruling
+    neighbours = np.bincount(at[1], counts, 2 * V) ** 0.75
+    chance = tokens[at[0]] * neighbours[at[1]] / neighbours.sum()
+    surprise = np.log(counts / chance).clip(0).astype(np.float32)
+    surprise = torch.sparse_coo_tensor(at, surprise, (V, 2 * V), check_invariants=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)         # the method starts from random directions
+        u, s, _ = torch.svd_lowrank(surprise, q=min(dim + 1, V), niter=4)
+    vectors = F.pad(u[:, 1:] * s[1:].sqrt(), (0, dim + 1 - len(s)))
+    return vectors / vectors.square().sum(-1).mean().sqrt()
+
+
+def save_own_encoder(path, meta, dim, layers, seed):
+    """
+    A small T5 encoder with seeded random weights, but for its token vectors: those of their
+    neighbours, and some noise that tells apart what is alike. That is all the demo needs.
     """
     from transformers import T5Config, T5EncoderModel
     from transformers.utils import logging
     logging.disable_progress_bar()
     heads = 4 if dim % 4 == 0 else 1
+    config = T5Config(vocab_size=meta['vocab_size'], d_model=dim, d_kv=dim // heads, d_ff=2 * dim,
+                      num_layers=layers, num_heads=heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = T5EncoderModel(T5Config(vocab_size=vocab_size, d_model=dim, d_kv=dim // heads,
-                                        d_ff=2 * dim, num_layers=layers, num_heads=heads))
+        model = T5EncoderModel(config)
+    table = model.get_input_embeddings().weight.data        # unit normal
+    table.mul_(0.4).add_(neighbour_vectors(meta, dim, seed), alpha=dim ** 0.5)
     model.save_pretrained(path)
 
 
@@ -610,7 +661,7 @@ def measure_latents(text_encoder, meta):
 
 def check(config):
     """All that is refused before anything is read; a set that a kill left aside is put back."""
-    lowest = dict(max_length=4, encoder_dim=4, encoder_layers=1, vocab_size=260, seed=0)
+    lowest = dict(max_length=4, encoder_dim=4, encoder_layers=0, vocab_size=260, seed=0)
     choices = dict(pack=('words', 'paragraphs', 'texts'), token_level=('chars', 'subwords'))
     for key, low in lowest.items():
         if config[key] < low:
@@ -742,7 +793,8 @@ if __name__ == '__main__':
             write_references(folder, source)
         if not encoder:
             path = os.path.join(folder, 'encoder')
-            save_random_encoder(path, len(tok), encoder_dim, encoder_layers, seed)
+            made = dict(dir=folder, dtype=dtype, vocab_size=len(tok))
+            save_own_encoder(path, made, encoder_dim, encoder_layers, seed)
             text_encoder = load_encoder(path, len(tok))
         meta = dict(format=1, dtype=dtype, tokenizer=tokenizer or 'tokenizer', vocab_size=len(tok),
                     pad_id=tok.pad_token_id, eos_id=tok.eos_token_id, encoder=encoder or 'encoder',
@@ -770,7 +822,7 @@ if __name__ == '__main__':
     meta = open_bins(data_dir, name)
     describe(meta, tok, longest)
     print(f"tokenizer: {tokenizer or token_level}, {len(tok)} ids; "
-          f"encoder: {encoder or 'random weights'}, {text_encoder.latent_dim} wide")
+          f"encoder: {encoder or 'untrained'}, {text_encoder.latent_dim} wide")
     print(f"latents: mean {measured[0]:.4f} and std {measured[1]:.4f} measured, "
           f"{mean:.4f} and {std:.4f} used")
     print(f"next: {next_command(meta, name, known)}")

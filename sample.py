@@ -9,20 +9,20 @@ Write text: noise at t=0, a few dozen steps along the learned flow, tokens at t=
     python sample.py --init_from=embedded-language-flows/ELF-B-de-en-torch --input="Guten Morgen"
 """
 import os
-import re
 
 import torch
 from tqdm import tqdm
 
 from checkpoint import make_out_dir
 from configurator import UserError, configure
-from data import cut_at_eos, load_tokenizer, printable, read_inputs, row_seed, write_jsonl
+from data import load_tokenizer, printable, read_inputs, row_seed, write_jsonl
 from device import autocast, compile_in_place, describe, pack_linears, pick_device
 from model import ELF, TextEncoder, velocity
 from page import MOMENTS, can_redraw, make_frame, make_room, moments, show, write_page, write_svg
+from prompt import encode_inputs, read_prompt, text_ids
 
 # -------------------------------------------------------------------------------------------------
-out_dir = 'out'            # the model of this folder's ckpt.pt (EMA); samples.jsonl is written here
+out_dir = 'out'             # the model in its ckpt.pt (EMA); samples.jsonl is written here
 init_from = ''              # instead: a published checkpoint, file, folder or hub id
 num_samples = 8             # texts; with conditions, one for each of them
 input = ''                  # condition of a conditional model (translation, summary)
@@ -37,17 +37,21 @@ sampler = ''                # 'ode' or 'sde' (re-noises a little before each ste
 gamma = -1.0                # of the SDE: how much is re-noised, 0 = none
 w = -1.0                    # self-conditioning guidance strength, trained on 0.5 to 5
 cfg = -1.0                  # classifier-free guidance on the condition, 1 = off
-grid = 'logit_normal'     # times: 'logit_normal' (random, as trained), 'quantile' (the same without
-                            # chance), 'uniform'
+grid = ''                   # times: 'logit_normal' (random, as trained), 'quantile' (the same,
+                            # without chance), 'uniform'
 seed = 1337                 # text i depends on (seed, i) alone, not on batch_size
 trace = 0                   # watch the texts (not in a terminal: the first) at this many moments;
                             # each costs a pass more, of at most 8 rows
 html = ''                   # a page to write: the first 8 texts at 48 moments (or trace), a slider
 svg = ''                    # a moving picture to write, for a README
 device = 'auto'             # 'cuda', 'mps', 'cpu', 'auto' = the first of these that is there
-dtype = 'auto'         # 'float32' or 'bfloat16', 'auto' = bfloat16 where the hardware is fast at it
+dtype = 'auto'              # 'float32' or 'bfloat16', 'auto' = bfloat16 where it is fast
 compile = False             # torch.compile the network: a minute first, then faster
 # -------------------------------------------------------------------------------------------------
+
+SAMPLERS = ('ode', 'sde')
+GRIDS = ('logit_normal', 'quantile', 'uniform')
+
 
 def time_grid(steps, schedule, config, generator=None):
     """
@@ -64,7 +68,7 @@ def time_grid(steps, schedule, config, generator=None):
     elif schedule == 'quantile':
         normal = torch.special.ndtri(torch.arange(1, steps, dtype=torch.float64) / steps).float()
     else:
-        raise UserError(f"grid={schedule!r} is not one of 'logit_normal', 'quantile', 'uniform'")
+        raise UserError(f"grid={schedule!r} is not one of {', '.join(GRIDS)}")
     inner = torch.sigmoid(config.t_mean + config.t_std * normal)
     return torch.cat((torch.zeros(1), inner, torch.ones(1)))
 
@@ -100,8 +104,8 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
     drawn from generators (one a row, on z's device), else from the global one. watch(i, t, z):
     called with what each step starts from, and the end.
     """
-    if sampler not in ('ode', 'sde'):
-        raise UserError(f"sampler={sampler!r} is not 'ode' or 'sde'")
+    if sampler not in SAMPLERS:
+        raise UserError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}")
     c, B = model.config, len(z)
     times = times.to(z).expand(B, -1)                                                 # (B, steps+1)
     steps = times.shape[1] - 1
@@ -110,6 +114,8 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
     cond = torch.zeros_like(z) if cond is None else cond
     w = torch.full((B,), float(w), device=z.device)
     z, x_prev = torch.where(keep, cond, z), torch.where(keep, cond, 0.0)              # no guess yet
+    if noisy_cond:
+        x_prev = torch.zeros_like(z)
     for i in range(steps):
         t, t_next = times[:, i], times[:, i + 1]                                            # (B,)
         if watch:
@@ -162,73 +168,6 @@ def decode_first(model, z, w):
     return ids, logits.softmax(-1).gather(-1, ids[..., None])[..., 0]
 
 
-def encode_inputs(texts, tokenizer, encoder, c, device):
-    """
-    Conditions as texts -> clean latents (B, T, C), mask (B, T) of their positions, as in
-    training.
-    """
-    rows = []
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)['input_ids'] + [tokenizer.eos_token_id]
-        rows.append(ids[:c.max_input_length])
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (c.max_length - len(row)) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(c.max_length) < lengths[:, None]).to(device)
-    return encoder(ids.to(device), mask, mask), mask
-
-
-def read_prompt(text, holes, tokenizer, c):
-    """
-    What is given of a text -> ids (T,), known (T,) bool: where they count. With holes, each of
-    three or more underscores in a row is a token to fill. UserError if the model cannot take it.
-    """
-    def encode(text):
-        return tokenizer(text, add_special_tokens=False)['input_ids']
-
-    # a space before what is open belongs to the token of the word that comes, in most tokenizers
-    joined = len(encode(' a')) < len(encode(' ')) + len(encode('a'))
-    ids, known = [], []
-    for part in re.split('(___+)', text) if holes else [text]:
-        hole = holes and part.startswith('___')
-        part = part.rstrip(' ') if joined else part
-        new = [tokenizer.pad_token_id] * len(part) if hole else encode(part)
-        ids += new
-        known += [not hole] * len(new)
-    own = {i for i, given in zip(ids, known) if given} & set(tokenizer.all_special_ids)
-    if own:
-        what = tokenizer.decode(sorted(own))
-        if tokenizer.unk_token_id in own:
-            signs = dict.fromkeys(re.sub('___+', '', text))
-            what = ' '.join(sign for sign in signs if tokenizer.unk_token_id in encode(sign))
-        raise UserError(f"{text!r}: the model's tokenizer has no token for {what} in a text "
-                        "(the demo's has a to z and the space)")
-    if not any(known):
-        raise UserError(f"{text!r} gives no token to start from")
-    if holes and all(known):
-        raise UserError(f"infill={text!r} has no hole; write ___, an underscore for each token")
-    rest = c.max_length - len(ids)
-    if rest < (not holes):
-        raise UserError(f"{text!r} takes {len(ids)} tokens, a text of this model has "
-                        f"{c.max_length}, and some must be left to write; shorten it")
-    ids += [tokenizer.pad_token_id] * rest
-    return torch.tensor(ids), torch.tensor(known + [False] * rest)
-
-
-def text_ids(ids, cond_mask, tokenizer, c, prompt=None):
-    """
-    A decoded row (T,) -> list of the ids of its text, and where they start: without its condition,
-    cut at the first EOS. With a prompt: its tokens as given, cut only after them.
-    """
-    start = given = 0
-    if prompt:
-        ids = torch.where(prompt[1], prompt[0], ids)
-        given = int(prompt[1].nonzero().max()) + 1
-    elif cond_mask is not None:
-        start = int(cond_mask.sum())
-    ids = ids[start:start + c.max_length - c.max_input_length].tolist()
-    return ids[:given] + cut_at_eos(ids[given:], tokenizer.eos_token_id), start
-
-
 def sample_texts(model, tokenizer, numbers, batch_size, seed, device, how, inputs=None,
                  encoder=None, watch=None, prompt=None):
     """
@@ -278,24 +217,19 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, how, input
 
 
 def load_model(init_from, out_dir):
-    """
-    ELF of init_from, or of out_dir, which is never looked for on the hub. UserError if there is
-    none.
-    """
+    """The model of init_from, or of out_dir, which is never looked for on the hub. UserError."""
     if not init_from and not os.path.isdir(out_dir):
         raise UserError(f"no model in {out_dir}: train one, name its folder with --out_dir, "
                         "or a published one with --init_from=org/repo")
     return ELF.from_pretrained(init_from or out_dir)
 
 
-def resolve_sampling(config, steps=-1, sampler='', gamma=-1, w=-1, cfg=-1):
-    """
-    Settings where given, else what the checkpoint has for that number of steps -> dict for
-    generate.
-    """
-    given = dict(steps=steps, sampler=sampler, gamma=gamma, w=w, cfg=cfg)
+def resolve_sampling(config, steps=-1, sampler='', gamma=-1, w=-1, cfg=-1, grid=''):
+    """Settings where given, else what the checkpoint has for that number of steps -> dict."""
+    given = dict(steps=steps, sampler=sampler, gamma=gamma, w=w, cfg=cfg, grid=grid)
+    own = {k: getattr(config, k) for k in given}
     given = {k: v for k, v in given.items() if v not in (-1, '')}
-    own = {k: getattr(config, k) for k in ('steps', 'sampler', 'gamma', 'w', 'cfg')} | given
+    own |= given
     return own | config.by_steps.get(own['steps'], {}) | given
 
 
@@ -323,7 +257,7 @@ if __name__ == '__main__':
     if not inputs and c.max_input_length:
         raise UserError(f"{source} is a model with conditions; give --input=\"...\" "
                         "or --input_file=x.jsonl")
-    how = resolve_sampling(c, steps, sampler, gamma, w, cfg) | dict(grid=grid)
+    how = resolve_sampling(c, steps, sampler, gamma, w, cfg, grid)
     tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
     if given & {'prompt', 'infill'}:
         known = read_prompt(prompt or infill, 'infill' in given, tokenizer, c)
@@ -361,6 +295,8 @@ if __name__ == '__main__':
     if html:
         nfe = how['steps'] * (1 if how['cfg'] == 1 else 2)
         facts = dict(model=source, seed=seed, device=name, texts=len(rows), length=c.max_length)
+        if known:
+            facts['prompt'] = prompt or infill
         write_page(html, frames, facts | how | {'NFE (passes per text)': nfe})
         print(f"page: {html}")
     if svg:

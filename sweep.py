@@ -125,16 +125,16 @@ PLACES = [(6, 5, 'left'), (6, -5, 'left'), (-6, 5, 'right'), (-6, -5, 'right'), 
 
 
 def write_beside(axis, points):
-    """Write the text of each point (x, y, text) beside it, where there is room."""
+    """Write the text of each point (x, y, text, color) beside it, where there is room."""
     from matplotlib.transforms import Bbox
     axis.figure.draw_without_rendering()        # now it is known where the points are
     taken = []
-    for x, y, _ in points:
+    for x, y, *_ in points:
         px, py = axis.transData.transform((x, y))
         taken.append(Bbox.from_extents(px - 4, py - 4, px + 4, py + 4))
-    for x, y, text in points:
+    for x, y, text, color in points:
         note = axis.annotate(text, (x, y), (0, 0), textcoords='offset points', va='center',
-                             fontsize=8, in_layout=False)
+                             fontsize=8, color=color, in_layout=False)
         for dx, dy, side in PLACES:
             note.set(position=(dx, dy), ha=side)
             box = note.get_window_extent()
@@ -149,12 +149,13 @@ def plot_sweep(file, rows):
     """
     Rows of sweep.jsonl -> a picture: quality over entropy, real text as a star. A line for each
     number of steps (and what else varies), its points named by gamma, or else another setting.
+    What has no number, such as the nats of blank texts, is left out.
     """
     import matplotlib
     from matplotlib.figure import Figure
     y, x = [key for key in TITLES if key in rows[0]][:2]
     title = f"{rows[0]['num_samples']} texts each"
-    rows = [row for row in rows if row[x] is not None and row[y] is not None]    # of blank texts
+    rows = [row for row in rows if row[x] is not None and row[y] is not None]
     real = [row for row in rows if row['model'] == REAL]
     names = varying(rows)
     by = next((name for name in ('gamma', 'w', 'cfg', 'grid', 'sampler') if name in names), 'steps')
@@ -168,13 +169,16 @@ def plot_sweep(file, rows):
     for i, (name, line) in enumerate(lines.items()):
         xs, ys = [row[x] for row in line], [row[y] for row in line]
         axis.plot(xs, ys, 'o-', markersize=5, color=colors(i), label=name)
-        points += zip(xs, ys, [f'{row[by]}' for row in line])
+        points += [(row[x], row[y], str(row[by]), colors(i)) for row in line]
     for row in real:
-        axis.plot(row[x], row[y], '*', markersize=16, color='gold', markeredgecolor='black',
-                  label=REAL)
-        points.append((row[x], row[y], ''))
-    axis.set(xlabel=TITLES[x], ylabel=TITLES[y],
-             title=f"{title}; beside the points: {by}")
+        # far below all others it would leave them no room: then at the edge, with its number
+        low, high = axis.dataLim.intervaly
+        at = max(row[y], low - (high - low) / 2) if high > low else row[y]
+        label = REAL if at == row[y] else f'{REAL}, below: {row[y]:.2f}'
+        axis.plot(row[x], at, '*', markersize=16, color='gold', markeredgecolor='black',
+                  label=label)
+        points.append((row[x], at, '', 'black'))
+    axis.set(xlabel=TITLES[x], ylabel=TITLES[y], title=f"{title}; beside the points: {by}")
     axis.margins(0.1)
     axis.grid(alpha=0.3)
     fig.legend(loc='outside right upper')

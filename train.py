@@ -36,7 +36,7 @@ from eval import describe_val, estimate_loss, plot_losses
 from model import (ELF, SIZES, ELFConfig, TextEncoder, compute_loss, draw, encode_rows,
                    estimate_flops)
 from muon import make_optimizer
-from sample import resolve_sampling, sample_texts
+from sample import GRIDS, SAMPLERS, resolve_sampling, sample_texts
 
 # -------------------------------------------------------------------------------------------------
 # input, output
@@ -111,6 +111,7 @@ steps = 32
 gamma = 1.5
 w = 3.0
 cfg = 1.0
+grid = 'logit_normal'       # 'quantile' and 'uniform' are not by chance
 # system
 device = 'auto'             # 'cuda', 'mps', 'cpu', 'auto' = the first of these that is there
 dtype = 'auto'              # 'float32' or 'bfloat16' autocast, 'auto' = bfloat16 where it is fast
@@ -122,7 +123,8 @@ seed = 42                   # of initial weights, row order and all draws
 # what is refused
 
 CHOICES = dict(optimizer=('muon', 'adamw'), lr_schedule=('constant', 'cosine'),
-               ns_dtype=('float32', 'bfloat16'), pad_token=('pad', 'eos'), sampler=('ode', 'sde'))
+               ns_dtype=('float32', 'bfloat16'), pad_token=('pad', 'eos'),
+               sampler=SAMPLERS, grid=GRIDS)
 AT_LEAST_1 = ('batch_size', 'gradient_accumulation_steps', 'max_length', 'max_iters', 'steps',
               'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'max_bad_steps',
               'n_layer', 'n_embd', 'n_head', 'bottleneck', 'n_time', 'n_scale', 'n_mode')
@@ -216,7 +218,7 @@ if __name__ == '__main__':
     # ---- model, average, optimizer --------------------------------------------------------------
     torch.manual_seed(seed)
     if ckpt:
-        sampling = {k: config[k] for k in ('sampler', 'steps', 'gamma', 'w', 'cfg')}
+        sampling = {k: config[k] for k in ('sampler', 'steps', 'gamma', 'w', 'cfg', 'grid')}
         raw_model = ELF(ELFConfig(**ckpt['model_args'] | sampling))
     elif init_from == 'scratch':
         raw_model = ELF(ELFConfig(**model_args))
@@ -414,10 +416,9 @@ if __name__ == '__main__':
             save()
         if due(sample_interval):
             numbers = range(min(4, len(inputs)) if inputs else max(4, world))[rank::world]
-            how = resolve_sampling(c) | dict(grid='logit_normal')
             with ctx:
-                texts = list(sample_texts(ema, tok, numbers, 4, seed, device, how, inputs,
-                                          text_encoder))
+                texts = list(sample_texts(ema, tok, numbers, 4, seed, device, resolve_sampling(c),
+                                          inputs, text_encoder))
             texts = sorted(sum(gather(texts, host_group), []), key=itemgetter('id'))
             bar.clear()
             print0(f"iter {iter_num}: sampled | {printable(texts[0]['generated'])[:120]}")

@@ -411,6 +411,6 @@ def test_config_yml_names_the_default_model(tmp_path, capsys):
     assert 'says ELF-B' in capsys.readouterr().out      # the weights are of no published size
 
 
-def test_another_grid_is_said(tmp_path, capsys):
-    settings(tmp_path, 'sampling_configs: [{time_schedule: uniform}]')
-    assert '--grid=uniform' in capsys.readouterr().out
+def test_another_grid(tmp_path):
+    got = settings(tmp_path, 'sampling_configs: [{time_schedule: uniform}]')
+    assert got['grid'] == 'uniform' and settings(tmp_path, '{}')['grid'] == 'logit_normal'

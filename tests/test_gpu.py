@@ -89,7 +89,8 @@ def last_json(out):
     ['--ns_dtype=bfloat16', '--gradient_accumulation_steps=2'],
     ['--optimizer=adamw', '--gradient_checkpointing=true']])
 def test_training_resumes_where_it_stood(run, tiny, tmp_path, gpu, more):
-    how = [*tiny, *more, f'--device={gpu}', '--eval_interval=2', '--sample_interval=2']
+    how = [*tiny, *more, f'--device={gpu}', '--n_layer=1', '--eval_interval=2',
+           '--sample_interval=2']
     run('train.py', *how, '--max_iters=4', f'--out_dir={tmp_path}/whole')
     how.append(f'--out_dir={tmp_path}/parts')
     run('train.py', *how, '--max_iters=2')
@@ -119,7 +120,7 @@ def test_a_task_from_pairs_to_bleu(run, tiny, tmp_path, gpu):
 
 
 def test_benchmark(run, monkeypatch, gpu):
-    c = ELFConfig(n_layer=2, n_embd=64, n_head=2, vocab_size=100)
+    c = ELFConfig(n_layer=1, n_embd=64, n_head=2, vocab_size=100)
     monkeypatch.setitem(model.MODELS, 'ELF-B', c)
     report = last_json(run('bench.py', '--batch_size=4', '--max_length=16', '--sample_length=16',
                            '--runs=1', f'--device={gpu}', f'--compile={REAL}'))
@@ -130,13 +131,13 @@ def test_benchmark(run, monkeypatch, gpu):
 @pytest.mark.skipif(REAL, reason='counted on the pretended GPU')
 def test_the_loop_waits_once_a_step(run, tiny, tmp_path, gpu):
     counts = []
-    for steps in (2, 6):
+    for steps in (1, 3):
         pretend_gpu.waits.clear()
-        run('train.py', *tiny, '--log_interval=100', f'--max_iters={steps}',
+        run('train.py', *tiny, '--n_layer=1', '--log_interval=100', f'--max_iters={steps}',
             f'--out_dir={tmp_path}/{steps}')
         counts.append(len(pretend_gpu.waits))
     # for the norm of the gradient, which must be finite
-    assert counts[1] - counts[0] == 4, pretend_gpu.waits
+    assert counts[1] - counts[0] == 2, pretend_gpu.waits
 
 
 @pytest.mark.skipif(REAL, reason='of the pretended GPU')

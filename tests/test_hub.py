@@ -150,7 +150,7 @@ REFUSED = [
 @pytest.mark.parametrize('job', JOBS)
 def test_online_then_from_the_cache(job, hub, ask, tmp_path):
     (tmp_path / 'samples.jsonl').write_text('{"generated": "hello he said"}\n{"generated": "so"}\n')
-    before = hub.got.copy()
+    before, got = hub.got.copy(), None
     for state in ('online', 'offline', 'down'):
         code, out, err = ask(state, *JOBS[job].format(n='', at=tmp_path).split())
         assert code == 0, (state, err)

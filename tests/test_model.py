@@ -15,7 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5EncoderModel
 
-from official import OFFICIAL_WEIGHTS
 from configurator import UserError
 from model import (ELF, MODELS, Draws, ELFConfig, TextEncoder, compute_loss, draw, estimate_flops,
                    velocity)

@@ -88,7 +88,7 @@ def test_grids():
     for steps, schedule in ((0, 'uniform'), (4, 'cosine')):
         with pytest.raises(UserError, match=f'{steps}: at least|{schedule}.* is not one of'):
             time_grid(steps, schedule, c)
-    with pytest.raises(UserError, match="sampler='heun' is not 'ode' or 'sde'"):
+    with pytest.raises(UserError, match="sampler='heun' is not one of ode, sde"):
         generate(Spy(None), torch.zeros(1, 1, 1), torch.zeros(2), sampler='heun')
 
 

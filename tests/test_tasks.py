@@ -80,7 +80,6 @@ def test_bleu_rises_and_order_is_kept(run, toy, tmp_path):
     before = last_json(run(*score))
     run(*train, '--max_iters=300', '--init_from=resume')
     after = last_json(run(*score))
-    print(before['bleu'], after['bleu'])
     assert after['judge'] == 'none' and after['nfe'] == 32 and after['texts'] == 16
     assert after['bleu'] > max(30, 2 * before['bleu']), (before['bleu'], after['bleu'])
     # what eval.py wrote is scored alike from the file

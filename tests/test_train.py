@@ -152,21 +152,20 @@ def test_two_ranks_equal_one_and_each_bucket_is_reduced_once(run, tiny, tmp_path
         assert all(len(set(buckets)) == len(buckets) for buckets in steps) and len(steps[-1]) > 4
 
 
-def test_ranks_that_see_different_checkpoints_stop(run, tiny, tmp_path):
+@pytest.mark.parametrize('second, says', [
+    ('another', 'the ranks see different checkpoints'),
+    pytest.param('none', 'nothing to resume in', marks=pytest.mark.slow)])
+def test_ranks_that_see_different_checkpoints_stop(run, tiny, tmp_path, second, says):
     """Folders that they do not share: nobody goes on alone, nobody waits for the other."""
     run('train.py', *tiny, f'--out_dir={tmp_path}/0', '--max_iters=2', '--save_interval=1')
+    (tmp_path / '1').mkdir()
+    if second == 'another':
+        shutil.copy(tmp_path / '0' / 'ckpt_prev.pt', tmp_path / '1' / 'ckpt.pt')
     worker = command('tests/ddp_worker.py', f'{tmp_path}/none', *tiny, '--init_from=auto',
                      '--gradient_accumulation_steps=2', f'--out_dir={tmp_path}/{{rank}}', ranks=2)
-
-    def refused(says):
-        done = subprocess.run(worker, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 1 and says in done.stderr, done.stderr[-2000:]
-        assert state(tmp_path / '0')['iter_num'] == 2 and 'iter 3' not in done.stdout
-
-    refused(f'nothing to resume in {tmp_path}/1')
-    (tmp_path / '1').mkdir()
-    shutil.copy(tmp_path / '0' / 'ckpt_prev.pt', tmp_path / '1' / 'ckpt.pt')
-    refused('the ranks see different checkpoints')
+    done = subprocess.run(worker, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and says in done.stderr, done.stderr[-2000:]
+    assert state(tmp_path / '0')['iter_num'] == 2 and 'iter 3' not in done.stdout
 
 
 def test_ranks_must_divide_and_errors_are_one_line(tiny, tmp_path):

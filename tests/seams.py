@@ -1,0 +1,88 @@
+"""
+What prompts are worth: real rows with a part filled in, judged by the 5-gram of the training text.
+
+    python tests/seams.py out/demo data pydocs 100      # model, data_dir, dataset, rows
+
+Nats per character over what was filled in and the characters after it whose context it is part of.
+pasted: the same places of an unconditional sample; held: as sample.py does it; clean: the known
+latents shown as they are, as in conditional tasks; real: what stood there.
+"""
+import math
+import os
+import sys
+
+import numpy as np
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import sample  # noqa: E402, found by the path above
+from data import load_tokenizer, open_bins, open_split, read_row  # noqa: E402
+from device import pack_linears  # noqa: E402
+from metrics import ngram_p, train_ngram  # noqa: E402
+from model import ELF, TextEncoder  # noqa: E402
+from page import split  # noqa: E402
+
+
+def rows_of(meta, which, n):
+    """Up to n rows of a split, evenly spaced -> lists of ids, with their EOS."""
+    ids, index = open_split(meta, which)
+    numbers = np.linspace(0, len(index), min(n, len(index)), endpoint=False).astype(int)
+    return [read_row(ids, index, r)[1].tolist() for r in numbers]
+
+
+def nats_at(ids, start, end, tokenizer, ngram):
+    """-log P of the characters of tokens start to end and of those they touch -> sum, count."""
+    pieces = split(ids, tokenizer)
+    text, reach = ''.join(pieces), 4        # of a 5-gram
+    first = len(''.join(pieces[:start]))
+    last = min(len(''.join(pieces[:end])) + reach, len(text))
+    nats = 0.0
+    for i in range(first, last):
+        nats -= math.log(ngram_p(text[i], text[max(0, i - reach):i], ngram))
+    return nats, last - first
+
+
+def main(source, data_dir, dataset, n):
+    meta, model = open_bins(data_dir, dataset), ELF.from_pretrained(source)
+    c = model.config
+    pack_linears(model, bf16=False)
+    tokenizer = load_tokenizer(c.tokenizer)
+    encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std)
+    train = rows_of(meta, 'train', 10**9)
+    ngram = train_ngram([tokenizer.decode(ids, skip_special_tokens=True) for ids in train])
+    rows = [ids[:c.max_length] for ids in rows_of(meta, 'val', 3 * n)]
+    rows = [ids for ids in rows if len(ids) > 0.8 * c.max_length][:n]
+    how = sample.resolve_sampling(c) | dict(grid='quantile')
+    device, held = torch.device('cpu'), sample.generate
+
+    def clean(*args, noisy_cond, **kwargs):
+        return held(*args, **kwargs)
+
+    free = list(sample.sample_texts(model, tokenizer, range(len(rows)), 50, 0, device, how))
+    for name, part in (('middle third', (1 / 3, 2 / 3)), ('second half', (0.5, 1))):
+        sums = {}
+        for i, ids in enumerate(rows):
+            start, end = [round(x * len(ids)) for x in part]
+            known = torch.arange(c.max_length) < len(ids)
+            known[start:end] = False
+            row = torch.tensor(ids + [tokenizer.pad_token_id] * (c.max_length - len(ids)))
+            filled = dict(real=ids, pasted=ids[:start] + free[i]['ids'][start:end] + ids[end:])
+            for kind, generate in (('held', held), ('clean', clean)):
+                sample.generate = generate
+                text, = sample.sample_texts(model, tokenizer, [i], 1, 0, device, how, None, encoder,
+                                            prompt=(row, known))
+                filled[kind] = text['ids']
+            for kind, ids_of in filled.items():
+                nats, count = nats_at(ids_of, start, end, tokenizer, ngram)
+                sums.setdefault(kind, []).append((nats, count))
+        for kind, of_rows in sums.items():
+            nats, counts = np.array(of_rows).T
+            # the ratio's standard error over rows
+            error = np.std(nats - nats.sum() / counts.sum() * counts) / counts.mean()
+            print(f"{name:14} {kind:8} {nats.sum() / counts.sum():.3f} +- "
+                  f"{error / math.sqrt(len(rows)):.3f}")
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:4], int(sys.argv[4]))
