@@ -57,7 +57,7 @@ sampler = ''                # 'ode' or 'sde', '' = the default
 gamma = -1.0                # of the SDE: how much is re-noised
 w = -1.0                    # self-conditioning guidance strength
 cfg = -1.0                  # classifier-free guidance on the condition, 1 = off
-grid = 'logit_normal'       # times: 'logit_normal', 'quantile', 'uniform'
+grid = ''                   # times: 'logit_normal', 'quantile', 'uniform', '' = the default
 sweep = ''                  # values of these six, and of out_dir or init_from: all combinations;
                             # to sweep.jsonl and sweep.png in out_dir, without validation loss
 judge = 'auto'              # causal LM (folder or hub id), 'ngram' (no download), 'none';
@@ -415,7 +415,7 @@ if __name__ == '__main__':
     if samples:
         runs['samples'] = given
     else:
-        how = resolve_sampling(c, steps, sampler, gamma, w, cfg) | dict(grid=grid)
+        how = resolve_sampling(c, steps, sampler, gamma, w, cfg, grid)
         nfe = passes(how)
         print0("sampling: " + ', '.join(f'{k}={v}' for k, v in how.items()) + f", NFE={nfe}")
         if meta and eval_iters:

@@ -175,8 +175,8 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, how, input
     one after the other. Grid, first noise and SDE noise of text i come from (seed, i) alone. how:
     resolve_sampling's settings and the grid. inputs: all conditions, by number, or prompt: what
     read_prompt gives, for all texts; encoder: the TextEncoder for them. watch(numbers, i, t,
-    decode): called at each step; decode() -> of the first 8 texts at most ids and p, lists as long:
-    what the model would say now, and how likely each token is.
+    decode): called at each step; decode() -> of the first 8 texts at most (ids, p), two lists as
+    long: what the model would say now, and how likely each token is.
     """
     c = model.config
     how = dict(how)

@@ -10,10 +10,10 @@ from collections import defaultdict
 
 from checkpoint import find_checkpoint
 from configurator import UserError, check_type
-from sample import resolve_sampling
+from sample import GRIDS, SAMPLERS, resolve_sampling
 
 NAMES = ('init_from', 'out_dir', 'steps', 'sampler', 'gamma', 'w', 'cfg', 'grid')
-CHOICES = dict(sampler=('ode', 'sde'), grid=('logit_normal', 'quantile', 'uniform'))
+CHOICES = dict(sampler=SAMPLERS, grid=GRIDS)
 REAL = 'real text'          # in the place of a model
 LEFT_OUT = ('gen_ppl_port', 'duplicates', 'long_words', 'copied_median', 'copied_max', 'bleu_cased',
             'rouge1', 'rouge2', 'texts', 'empty')       # of the table's columns
@@ -81,9 +81,9 @@ def make_plan(combos, models):
     """
     plan = []
     for combo in combos:
-        init_from, out_dir, *given, grid = (combo[name] for name in NAMES)
+        init_from, out_dir, *given = (combo[name] for name in NAMES)
         source = init_from or out_dir
-        how = resolve_sampling(models[source][0].config, *given) | dict(grid=grid)
+        how = resolve_sampling(models[source][0].config, *given)
         if how['sampler'] == 'ode' or how['steps'] == 1:
             how['gamma'] = 0.0          # nothing is re-noised there
         entry = dict(model=source, weights=stamp(find_checkpoint(source))) | how

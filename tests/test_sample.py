@@ -94,16 +94,16 @@ def test_grids():
 
 def test_what_is_given_wins_over_what_the_checkpoint_has():
     c = ELFConfig(by_steps={8: dict(gamma=2.0), 64: dict(sampler='ode', gamma=0.0)})
-    own = dict(steps=32, sampler='sde', gamma=1.5, w=3.0, cfg=1.0)
+    own = dict(steps=32, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, grid='logit_normal')
     assert resolve_sampling(c) == own
     assert resolve_sampling(c, steps=8) == own | dict(steps=8, gamma=2.0)
     assert resolve_sampling(c, steps=9) == own | dict(steps=9)
     assert resolve_sampling(c, steps=8, gamma=0.5)['gamma'] == 0.5
     assert resolve_sampling(c, 64, 'sde', cfg=2.0) == own | dict(steps=64, gamma=0.0, cfg=2.0)
-    given = dict(steps=64, sampler='sde', gamma=0.0, w=0.0, cfg=0.0)
+    given = dict(steps=64, sampler='sde', gamma=0.0, w=0.0, cfg=0.0, grid='uniform')
     assert resolve_sampling(c, **given) == given
-    c.steps = 8         # by_steps says what differs from the checkpoint's other settings
-    assert resolve_sampling(c)['gamma'] == 2.0
+    c.steps, c.grid = 8, 'quantile'     # by_steps says what differs from the checkpoint's others
+    assert resolve_sampling(c) == own | dict(steps=8, gamma=2.0, grid='quantile')
 
 # --------------------------------------------------------------------------------------------------
 # precision on a CPU
@@ -171,7 +171,7 @@ def test_text_i_depends_on_seed_and_i_alone():
     model = ELF(c).eval()
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.3)
     tokenizer = SimpleNamespace(eos_token_id=1, decode=lambda ids, **_: ' '.join(map(str, ids)))
-    how = resolve_sampling(c, steps=6) | dict(grid='logit_normal')
+    how = resolve_sampling(c, steps=6)
 
     def texts(numbers, batch_size, seed=3):
         torch.manual_seed(batch_size)
