@@ -207,17 +207,20 @@ def begin_run(out_dir, resumed, record):
 
 
 signals = []        # the numbers of those that came
-last_signal = 0.0
+first_signal = 0.0  # when
 saving = False
 
 
 def note_signals():
     """SIGTERM and Ctrl-C ask to stop. A Ctrl-C some seconds later interrupts, but never a save."""
+    global first_signal
+    first_signal = 0.0
+
     def note(number, frame):
-        global last_signal
+        global first_signal
         # torchrun and the terminal, or a scheduler, may both send the first one
-        again = len(signals) > 0 and time.time() - last_signal > 3
-        last_signal = time.time()
+        first_signal = first_signal or time.time()
+        again = time.time() - first_signal > 3
         signals.append(number)
         if number == signal.SIGINT and again and not saving:
             raise KeyboardInterrupt

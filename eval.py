@@ -10,6 +10,8 @@ How good are the texts? Sample a checkpoint, or take a file of texts, and measur
 Read the columns together: repetition lowers the perplexity of a judge, and entropy and distinct-4
 with it; what is copied from the training text is made of words and has a low perplexity, too.
 """
+from configurator import UserError, configure, from_hub       # first: see there
+
 import math
 import os
 import re
@@ -24,7 +26,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoint import make_out_dir
-from configurator import UserError, configure, from_hub
 from data import (check_vocabulary, cut_at_eos, get_rows, load_tokenizer, open_bins, open_split,
                   read_inputs, read_jsonl, read_row, to_json, write_jsonl)
 from device import (autocast, describe, gather, join_ranks, own_device, pack_linears, pick_device,

@@ -8,13 +8,14 @@ Write text: noise at t=0, a few dozen steps along the learned flow, tokens at t=
     python sample.py --init_from=embedded-language-flows/ELF-B-owt-torch --num_samples=4
     python sample.py --init_from=embedded-language-flows/ELF-B-de-en-torch --input="Guten Morgen"
 """
+from configurator import UserError, configure       # first: see there
+
 import os
 
 import torch
 from tqdm import tqdm
 
 from checkpoint import make_out_dir
-from configurator import UserError, configure
 from data import load_tokenizer, printable, read_inputs, row_seed, write_jsonl
 from device import autocast, compile_in_place, describe, pack_linears, pick_device
 from model import ELF, TextEncoder, velocity

@@ -7,6 +7,8 @@ How ELF is trained. The settings below are the published recipe: ELF-B on OpenWe
     torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 \\
              train.py config/owt_elf_b.py                              # two nodes, on the first
 """
+from configurator import UserError, configure       # first: see there
+
 import copy
 import importlib.util
 import math
@@ -26,7 +28,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint as on_disk
-from configurator import UserError, configure
 from data import (check_bins, check_vocabulary, get_rows, load_tokenizer, open_bins, printable,
                   read_inputs, row_seed, rows_at, to_json, write_jsonl)
 from device import (PEAK_FLOPS, autocast, compile_in_place, describe, gather, join_ranks, largest,

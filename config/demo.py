@@ -29,8 +29,8 @@ decoder_noise_scale = 1.8
 
 learning_rate = 0.008       # small matrices bear more than the recipe's 0.002
 lr_schedule = 'cosine'
-max_iters = 2000
-warmup_iters = 100
+max_iters = 1600
+warmup_iters = 60
 ema_decay = 0.995           # an average over 200 steps; the recipe's 10,000 is longer than the run
 ema_warmup = True
 
@@ -40,7 +40,7 @@ grid = 'uniform'            # late times matter here: they choose between words 
 dtype = 'float32'           # matrices this small gain nothing from bfloat16 on a CPU,
 compile = False             # and compiling takes longer than it saves
 log_interval = 100
-eval_interval = 500
+eval_interval = 400
 eval_iters = 5
-save_interval = 500
-sample_interval = 500
+save_interval = 400
+sample_interval = 400

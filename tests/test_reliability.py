@@ -284,7 +284,7 @@ def test_only_a_ctrl_c_some_seconds_later_interrupts(monkeypatch):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def seconds_later(number):
-        checkpoint.last_signal -= 4
+        checkpoint.first_signal -= 4
         signal.raise_signal(number)
 
     try:
