@@ -83,7 +83,7 @@ KNOWN = {
                         revision='f54c09fd23315a6f9c86f9dc80f725de7d8f9c64'),
 }
 CONFIGS = {'openwebtext': 'config/owt_elf_b.py', 'wmt14_de-en': 'config/wmt14_de_en_elf_b.py',
-           'xsum': 'config/xsum_elf_b.py'}
+           'xsum': 'config/xsum_elf_b.py', 'tinystories': 'config/tinystories.py'}
 
 # --------------------------------------------------------------------------------------------------
 # sources: where texts, pairs of texts or pairs of ids come from

@@ -349,7 +349,7 @@ def test_a_missing_key_is_the_default_of_their_class(tmp_path):
         decoder_mean=0.8, decoder_std=0.8, decoder_noise_scale=1.0, gelu='tanh',
         encoder='t5-small', tokenizer='t5-small', latent_mean=0.0, latent_std=1.0, max_length=128,
         max_input_length=0, pad_token='pad', drop_cond_prob=0.0,
-        sampler='ode', steps=50, gamma=0.0, w=1.0, cfg=1.0, by_steps={})
+        sampler='ode', steps=50, gamma=0.0, w=1.0, cfg=1.0, grid='logit_normal', by_steps={})
     assert got == settings(tmp_path, '') and got.keys() <= ELFConfig.__dataclass_fields__.keys()
 
 

@@ -290,7 +290,9 @@ def test_two_ranks_write_what_one_writes(evaluate, trained, judge, tmp_path):
     got = eval_command(*trained, ranks=2)
     assert got.returncode == 0, got.stderr
     together = json.loads(got.stdout.splitlines()[-1])
-    assert together | dict(seconds=0) == alone | dict(seconds=0)
+    # torchrun gives each rank one thread, which sums the judge's products in another order
+    ppl = {k: pytest.approx(alone[k], rel=1e-5) for k in ('gen_ppl', 'gen_ppl_port')}
+    assert together | dict(seconds=0) == alone | dict(seconds=0) | ppl
     assert (tmp_path / 'samples_eval.jsonl').read_bytes() == texts and 'ranks: 2' in got.stdout
 
 

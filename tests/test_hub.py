@@ -144,7 +144,7 @@ WANT = dict(sample={'org/elf/checkpoint_3', 'org/elf/config.yml'},
 REFUSED = [
     JOBS['sample'], JOBS['prepare'], JOBS['eval'], 'convert.py org/{n}lightning {at}/out',
     'prepare.py --tokenizer=org/{n}t5 --name=ids --data_dir={at}/data',
-    'prepare.py --encoder=org/{n}t5 --name=ids --data_dir={at}/data']
+    'prepare.py --encoder=org/{n}t5 --token_level=chars --name=ids --data_dir={at}/data']
 
 
 @pytest.mark.parametrize('job', JOBS)

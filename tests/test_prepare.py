@@ -88,7 +88,10 @@ SUBWORDS = ['--letters_only=false', '--token_level=subwords', '--vocab_size=400'
             '--encoder_dim=16']
 
 
-@pytest.mark.parametrize('args', [[], ['--letters_only=false'], SUBWORDS],
+CHARS = ['--token_level=chars', '--encoder_layers=2']
+
+
+@pytest.mark.parametrize('args', [CHARS, [*CHARS, '--letters_only=false'], SUBWORDS],
                          ids=['letters', 'chars', 'subwords'])
 def test_a_text_file_end_to_end(make, tmp_path, text, args):
     meta = make(write(tmp_path / 'my.txt', text), *args)
@@ -97,7 +100,7 @@ def test_a_text_file_end_to_end(make, tmp_path, text, args):
     tok = AutoTokenizer.from_pretrained(meta['tokenizer'])
     assert (tok.pad_token_id, tok.eos_token_id, tok.unk_token_id) == (0, 1, 2)
     assert len(tok) == meta['vocab_size']
-    words = text.split() if args else text.lower().replace('.', '').split()
+    words = text.split() if args != CHARS else text.lower().replace('.', '').split()
     whole = []
     for split in ('train', 'val'):
         rows = rows_of(meta, split)
@@ -143,7 +146,7 @@ def test_latents_measured_given_and_published(make, tmp_path, text, bins, monkey
     assert (given['latent_mean'], given['latent_std']) == (0.1, 0.5)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(bins / 'tiny' / 'encoder', 't5-small')      # by this name the published hold
-    published = make(file, '--encoder=t5-small')
+    published = make(file, '--encoder=t5-small', '--token_level=chars')
     assert (published['latent_mean'], published['latent_std']) == (0.0, 0.2)
 
 
@@ -151,6 +154,23 @@ def test_an_encoder_that_knows_fewer_ids_is_refused_at_once(make, tmp_path, text
     with pytest.raises(UserError, match='knows 30 ids, the tokenizer has 4'):
         make(write(tmp_path / 'my.txt', text), tok[1], *SUBWORDS[:3])
     assert nothing_made(tmp_path)
+
+
+def test_tokens_with_the_same_neighbours_have_like_vectors(make, tmp_path):
+    """'cat' and 'dog' stand in the same places, 'blue' and 'green' in others."""
+    rng = random.Random(0)
+    lines = [f"the {rng.choice(['cat', 'dog'])} eats a {rng.choice(['blue', 'green'])} fish now"
+             for _ in range(2000)]
+    meta = make(write(tmp_path / 'my.txt', '\n'.join(lines)), '--vocab_size=300',
+                '--encoder_dim=8')
+    tok = AutoTokenizer.from_pretrained(meta['tokenizer'])
+    table = prepare.neighbour_vectors(meta, 8, seed=0)
+    assert table.shape == (meta['vocab_size'], 8)
+    assert table.square().sum(-1).mean().item() == pytest.approx(1, rel=1e-4)
+    cat, dog, blue, green = (table[tok.convert_tokens_to_ids('\u0120' + word)]
+                             for word in ('cat', 'dog', 'blue', 'green'))
+    alike = torch.cosine_similarity
+    assert min(alike(cat, dog, 0), alike(blue, green, 0)) > 0.9 > 0.5 > alike(cat, blue, 0)
 
 
 def test_pydocs_is_prose():

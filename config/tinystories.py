@@ -1,0 +1,36 @@
+# Stories, between the laptop and eight GPUs: a 43M-parameter ELF on TinyStories, T5's tokens and
+# latents, one GPU of 8 to 24 GB, one to three hours by estimate. Not run by us on a GPU.
+#
+#   python prepare.py --dataset=tinystories
+#   python train.py config/tinystories.py
+#   python sample.py --out_dir=out/tinystories --trace=16
+#
+# One story a row of 256 tokens. Where it leaves the published recipe: smaller batches, so a lower
+# learning rate by the same rule; cosine, since the run is short; an average that warms up, since
+# 0.9999 from the first step would still be the initial weights.
+
+out_dir = 'out/tinystories'
+dataset = 'tinystories'
+encoder = 't5-small'
+tokenizer = 't5-small'
+max_length = 256
+
+batch_size = 32
+gradient_accumulation_steps = 4     # 32 * 4 = 128 rows per step; 64 * 2 on 24 GB
+
+n_layer = 8
+n_embd = 512
+n_head = 8
+
+learning_rate = 0.001               # the rule, 0.001 * 128 / 256, twice: a smaller network bears it
+lr_schedule = 'cosine'
+max_iters = 20000                   # 1.2 epochs of 2.1M stories
+warmup_iters = 1000
+ema_decay = 0.999
+ema_warmup = True
+
+ns_dtype = 'bfloat16'
+steps = 64
+gamma = 1.0
+log_interval = 50
+sample_interval = 2000
