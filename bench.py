@@ -108,8 +108,7 @@ def bench_train(model, encoder, B, T, ctx, device, matmul_rate, warm):
     head_ms = timed(token_head, runs)[0] if len(h) else 0.0
     optimizer = make_optimizer(model.named_parameters(), 1e-4, getattr(torch, ns_dtype))
     whole_ms = timed(train_step, runs)[0]
-    step_ms = whole_ms + encode_ms
-    flop = estimate_flops(c, T) * B
+    step_ms, flop = whole_ms + encode_ms, estimate_flops(c, T) * B
     fraction = flop / grad_ms * 1e3 / matmul_rate
     print(f"train {B} x {T}: {step_ms:,.1f} ms, {1e3 * B * T / step_ms:,.0f} tokens/s; "
           f"first step {first:.1f} s")

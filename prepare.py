@@ -767,8 +767,7 @@ if __name__ == '__main__':
         source = replace(source, val=other.train, references=other.references)
         commits.append(other.revision)
     k = max(2, round(1 / val_fraction))
-    if source.val is None:
-        source = hold_out(source, k)
+    source = source if source.val else hold_out(source, k)
     letters = letters_only and source.kind == 'texts'
     if letters:
         source = replace(source, train=partial(only_letters, source.train),
