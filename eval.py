@@ -32,7 +32,7 @@ from device import (autocast, describe, gather, join_ranks, own_device, pack_lin
                     print0, rank_and_world)
 from distill import distill_loss, draw_times
 from metrics import (count_tokens, find_targets, load_judge, mean, measure, over_runs, print_gap,
-                     print_table, train_ngram)
+                     print_table, signs, train_ngram)
 from metrics import bleu, entropy, gen_ppl, rouge  # noqa: F401, for those who import them from here
 from model import TextEncoder, compute_loss, draw, encode_rows
 from sample import load_model, resolve_sampling, sample_texts
@@ -54,7 +54,7 @@ dataset = ''                # bins under data_dir: validation loss, real text be
 num_samples = 1000
 batch_size = 16             # rows sampled at once; changes memory and speed, not the texts
 steps = -1                  # forward passes per text, -1 = the checkpoint's default, as below
-sampler = ''                # 'ode' or 'sde', '' = the default
+sampler = ''                # 'ode', 'sde' or 'sde_exact', see sample.py; '' = the default
 gamma = -1.0                # of the SDE: how much is re-noised
 w = -1.0                    # self-conditioning guidance strength
 cfg = -1.0                  # classifier-free guidance on the condition, 1 = off
@@ -288,8 +288,8 @@ def reference_texts(meta, tokenizer, n, max_length):
     """
     What the texts of a model without conditions are held against -> {'real': n rows of the
     validation split, 'unigram': as many tokens, each drawn from those of the training text}, the
-    training text, a list of texts, and the n-gram judge if it is asked for. A million tokens of
-    training text are enough for a 5-gram.
+    training text, a list of texts, and the n-gram judges if asked for: of characters, of tokens.
+    A million tokens of training text are enough for a 5-gram.
     """
     if not meta or meta.get('conditional'):
         return {}, [], None
@@ -304,7 +304,9 @@ def reference_texts(meta, tokenizer, n, max_length):
         return [dict(generated=text, ids=ids) for text, ids in zip(texts, ids_list)]
 
     train_texts = [row['generated'] for row in decode(train)]
-    ngram = train_ngram(train_texts) if judge == 'ngram' else None
+    ngram = None
+    if judge == 'ngram':
+        ngram = train_ngram(train_texts, 5), train_ngram(map(signs, train), 3)
     return dict(real=decode(real), unigram=decode(unigram)), train_texts, ngram
 
 # --------------------------------------------------------------------------------------------------
@@ -456,6 +458,6 @@ if __name__ == '__main__':
     report |= {name: results[name] for name in others}
     print_table(results, unit)
     if ngram:
-        report['gap_closed'] = print_gap(results, report)
+        report |= print_gap(results, report)
     append_json('metrics.jsonl', report)
     print(to_json(report))

@@ -127,7 +127,8 @@ def rouge(hyps, refs):
     return {kind: mean([score[kind].fmeasure * 100 for score in scores]) for kind in kinds}
 
 # --------------------------------------------------------------------------------------------------
-# the judge without a download: an interpolated character n-gram, Witten-Bell smoothed
+# the judge without a download: interpolated n-grams, Witten-Bell smoothed, of 5 characters and of 3
+# tokens: where tokens are words, five characters see hardly more than one of them
 
 def train_ngram(texts, n=5):
     """
@@ -142,6 +143,11 @@ def train_ngram(texts, n=5):
         followers[gram[:-1]] += count
         kinds[gram[:-1]] += 1
     return n, grams, followers, kinds
+
+
+def signs(ids):
+    """Ids as a text with one sign for each, so that an n-gram of tokens is one of these."""
+    return ''.join(map(chr, ids))
 
 
 def ngram_p(char, context, ngram):
@@ -240,10 +246,10 @@ def count_tokens(rows):
 def measure(rows, limit, train_texts, ngram, judge, batch_size, device):
     """
     All metrics of one line of the table -> dict. entropy_own is over the ids given, mean over the
-    texts that are not blank; limit: tokens that distinct-4 looks at. judge: ngram, if
-    there is one, else a causal LM or 'none'. Words and copies are looked up
-    in train_texts, if there are any, joined by spaces: rows are packed in order, so a run may cross
-    from one to the next; a word that was cut between two is then its two parts.
+    texts that are not blank; limit: tokens that distinct-4 looks at. judge: ngram, a pair
+    (of characters, of tokens), if there is one, else a causal LM or 'none'. Words and copies are
+    looked up in train_texts, if there are any, joined by spaces: rows are packed in order, so a run
+    may cross from one to the next; a word that was cut between two is then its two parts.
     """
     texts, ids = [row['generated'] for row in rows], [row['ids'] for row in rows]
     entropies = [entropy(row['ids']) for row in rows if row['generated'].strip()]
@@ -256,7 +262,9 @@ def measure(rows, limit, train_texts, ngram, judge, batch_size, device):
         out['words'], out['long_words'] = words(texts, set(training_text.split()))
         out['copied_median'], out['copied_max'] = float(np.median(lengths)), max(lengths)
     if ngram:
-        out['nats_per_char'] = ngram_nats(texts, ngram)
+        of_chars, of_tokens = ngram
+        out['nats_per_char'] = ngram_nats(texts, of_chars)
+        out['nats_per_token'] = ngram_nats(list(map(signs, ids)), of_tokens)
     elif judge != 'none':
         out |= gen_ppl(texts, judge, batch_size, device)
     if targets := find_targets(rows):
@@ -267,6 +275,7 @@ def measure(rows, limit, train_texts, ngram, judge, batch_size, device):
 
 COLUMNS = [                             # key, title, digits
     ('nats_per_char', 'nats/char', 3),
+    ('nats_per_token', 'token', 2),
     ('gen_ppl', 'ppl', 2),
     ('gen_ppl_port', 'port', 2),
     ('entropy', 'entropy', 3),
@@ -283,7 +292,6 @@ COLUMNS = [                             # key, title, digits
     ('rouge1', 'R-1', 2),
     ('rouge2', 'R-2', 2),
     ('rougeL', 'R-L', 2),
-    ('texts', 'texts', 0),
     ('empty', 'empty', 0),
     ('nfe', 'NFE', 0),
     ('seconds', 'seconds', 1),
@@ -306,6 +314,8 @@ def print_table(results, unit, left_out=()):
     for name, *numbers in zip(*columns):
         print(name.ljust(widths[0]), *(x.rjust(width) for x, width in zip(numbers, widths[1:])))
     print(f"own ent, dist-4, repeat: over {unit}; entropies in nats")
+    if 'nats_per_token' in keys:
+        print("nats/char, token: nats of each by a 5-gram of characters, a 3-gram of tokens")
     if 'copied_max' in keys - set(left_out):
         print("words, long: share that the training text has too; long ones have over 3 letters")
         print("copied, max: characters in a row as in the training text, median and most of a text")
@@ -324,11 +334,16 @@ def over_runs(results):
 
 
 def print_gap(results, own):
-    """How near texts come to real ones under the n-gram judge -> share of the way from unigram."""
-    real, unigram = results['real'], results['unigram']
-    way = unigram['nats_per_char'] - real['nats_per_char']
-    gap = (unigram['nats_per_char'] - own['nats_per_char']) / way if way else math.nan
-    share = own['distinct_4'] / max(1e-9, real['distinct_4'])
-    print(f"gap closed: {gap:.3f} of the way from unigram to real text; "
+    """
+    How near texts come to real ones under the n-gram judges -> {'gap_closed', 'gap_closed_tokens'},
+    the share of the way from unigram, by characters and by tokens.
+    """
+    gaps = {}
+    for gap, key in (('gap_closed', 'nats_per_char'), ('gap_closed_tokens', 'nats_per_token')):
+        worst, best = results['unigram'][key], results['real'][key]
+        gaps[gap] = (worst - own[key]) / (worst - best) if worst != best else math.nan
+    share = own['distinct_4'] / max(1e-9, results['real']['distinct_4'])
+    print(f"gap closed: {gaps['gap_closed']:.3f} of the way from unigram to real text by "
+          f"characters, {gaps['gap_closed_tokens']:.3f} by tokens; "
           f"distinct-4 {share:.2f} of real text's")
-    return gap
+    return gaps

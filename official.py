@@ -160,8 +160,8 @@ def read_sampling(official, size):
     samplers = {}
     for entry in entries or [{}]:
         entry = SAMPLING_DEFAULTS | entry
-        if entry['sampling_method'] not in ('ode', 'sde'):
-            raise ValueError(f"sampling_method: {entry['sampling_method']!r} is not ode or sde")
+        if entry['sampling_method'] not in ('ode', 'sde', 'sde_exact'):                # theirs: two
+            raise ValueError(f"sampling_method: {entry['sampling_method']!r} is not known")
         if entry['time_schedule'] not in ('logit_normal', 'quantile', 'uniform'):      # theirs: two
             raise ValueError(f"time_schedule: {entry['time_schedule']!r} is not known")
         sampler = dict(sampler=entry['sampling_method'],
@@ -179,7 +179,5 @@ def read_sampling(official, size):
     for name in ('sampler', 'steps', 'gamma', 'w', 'cfg'):      # our exports had these once
         settings[name] = to_type(name, official.get(name, settings[name]), settings[name])
     for steps, sampler in samplers.items():
-        differs = {name: x for name, x in sampler.items() if x != settings[name]}
-        if differs:
-            settings['by_steps'][steps] = differs
+        settings['by_steps'][steps] = {k: x for k, x in sampler.items() if x != settings[k]}
     return settings

@@ -34,7 +34,8 @@ infill = ''                 # or a text with holes, "the ___ of": a token for ea
                             # more; where it ends the model goes on
 batch_size = 16             # rows sampled at once; changes memory and speed, not the texts
 steps = -1                  # forward passes per text, -1 = the checkpoint's default, as below
-sampler = ''                # 'ode' or 'sde' (re-noises a little before each step), '' = the default
+sampler = ''                # 'ode'; 'sde' re-noises a little before each step, with less noise than
+                            # belongs there, 'sde_exact' with as much; '' = the default
 gamma = -1.0                # of the SDE: how much is re-noised, 0 = none
 w = -1.0                    # self-conditioning guidance strength, trained on 0.5 to 5
 cfg = -1.0                  # classifier-free guidance on the condition, 1 = off
@@ -50,7 +51,7 @@ dtype = 'auto'              # 'float32' or 'bfloat16', 'auto' = bfloat16 where i
 compile = False             # torch.compile the network: a minute first, then faster
 # -------------------------------------------------------------------------------------------------
 
-SAMPLERS = ('ode', 'sde')
+SAMPLERS = ('ode', 'sde', 'sde_exact')
 GRIDS = ('logit_normal', 'quantile', 'uniform')
 
 
@@ -123,12 +124,15 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
             watch(i, t, z)
 
         # the SDE steps back towards noise, to the time that matches; the last step is always ODE
-        if sampler == 'sde' and i < steps - 1:
+        if sampler != 'ode' and i < steps - 1:
             noise = step_noise[i] if step_noise is not None else randn(z, generators)
             a = (1 - gamma * (t_next - t)).clamp(0, 1)
+            fresh = 1 - a                           # the official weight: a lower temperature
+            if sampler == 'sde_exact':              # (a (1 - t))^2 + fresh^2 = (1 - a t)^2
+                fresh = ((1 - a) * (1 + a - 2 * a * t)).sqrt()
             t = a * t
-            a = a[:, None, None]
-            z = torch.where(keep, cond, a * z + (1 - a) * c.noise_scale * noise)
+            a, fresh = a[:, None, None], fresh[:, None, None]
+            z = torch.where(keep, cond, a * z + fresh * c.noise_scale * noise)
         if noisy_cond:
             s, noise = t[:, None, None], c.noise_scale * randn(z, generators)
             z = torch.where(keep, s * cond + (1 - s) * noise, z)
@@ -150,8 +154,8 @@ def randn(z, generators=None):
 
 
 def decode_logits(model, z, w):
-    """Logits (8 or less, T, V) of a latent (B, T, C), a few rows at a time: they are large."""
-    for part in z.split(8):
+    """Logits (b, T, V) of a latent (B, T, C), as many rows b at a time as make a gigabyte."""
+    for part in z.split(max(1, 2**28 // (z.shape[1] * model.config.vocab_size))):
         yield model.decode(part, torch.full((len(part),), float(w), device=z.device))
 
 
@@ -164,7 +168,7 @@ def decode_ids(model, z, w):
 @torch.no_grad()
 def decode_first(model, z, w):
     """The same of the first 8 rows at most, and how likely each token is -> ids, p, both (8, T)."""
-    logits = next(decode_logits(model, z, w))
+    logits = next(decode_logits(model, z[:8], w))
     ids = logits.argmax(-1)
     return ids, logits.softmax(-1).gather(-1, ids[..., None])[..., 0]
 
@@ -226,12 +230,17 @@ def load_model(init_from, out_dir):
 
 
 def resolve_sampling(config, steps=-1, sampler='', gamma=-1, w=-1, cfg=-1, grid=''):
-    """Settings where given, else what the checkpoint has for that number of steps -> dict."""
+    """
+    Settings where given, else what the checkpoint has for that number of steps -> dict. For fewer
+    steps than it says anything of, gamma falls with them: no step re-noises more than one of its.
+    """
     given = dict(steps=steps, sampler=sampler, gamma=gamma, w=w, cfg=cfg, grid=grid)
     own = {k: getattr(config, k) for k in given}
     given = {k: v for k, v in given.items() if v not in (-1, '')}
-    own |= given
-    return own | config.by_steps.get(own['steps'], {}) | given
+    steps = given.get('steps', own['steps'])
+    if steps < own['steps'] and steps not in config.by_steps:
+        own['gamma'] *= steps / own['steps']
+    return own | config.by_steps.get(steps, {}) | given
 
 
 if __name__ == '__main__':

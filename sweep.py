@@ -16,7 +16,7 @@ NAMES = ('init_from', 'out_dir', 'steps', 'sampler', 'gamma', 'w', 'cfg', 'grid'
 CHOICES = dict(sampler=SAMPLERS, grid=GRIDS)
 REAL = 'real text'          # in the place of a model
 LEFT_OUT = ('gen_ppl_port', 'duplicates', 'long_words', 'copied_median', 'copied_max', 'bleu_cased',
-            'rouge1', 'rouge2', 'texts', 'empty')       # of the table's columns
+            'rouge1', 'rouge2', 'empty')       # of the table's columns
 TITLES = dict(          # of the picture: the first two that there are, y and x
     nats_per_char='nats per character of the n-gram judge (lower is better)',
     gen_ppl='generative perplexity (lower is better)', bleu='BLEU (higher is better)',

@@ -356,7 +356,7 @@ def test_a_missing_key_is_the_default_of_their_class(tmp_path):
 SDE = dict(sampler='sde', w=3.0, cfg=1.0)
 CONDITIONAL = dict(sampler='ode', steps=64, gamma=0.0, w=1.0, cfg=2.0, by_steps={})
 UNCOND = 'sampling_configs_path: src/configs/sampling_configs/uncond_sampling_configs.yml\n'
-FEW = {16: dict(gamma=2.0, w=2.0), 32: dict(gamma=2.0, w=2.0)}
+FEW = {4: {}, 2: {}, 1: {}, 16: dict(gamma=2.0, w=2.0), 32: dict(gamma=2.0, w=2.0)}
 OF_B = {8: dict(gamma=2.0), 16: dict(gamma=2.0), 64: dict(gamma=1.0)}
 OF_M = {8: dict(gamma=2.0), 16: dict(gamma=2.0), 32: dict(gamma=1.5)}
 EMBEDDED = UNCOND + '''sampling_configs:
@@ -375,8 +375,8 @@ self_cond_cfg_scales: [2], time_schedule: logit_normal}
     ('teacher_path: x', {}, dict(sampler='sde', steps=8, gamma=1.5, w=2.5, cfg=1.0, by_steps=FEW)),
     ('pd_step_size: 1.0', {}, dict(steps=8, gamma=1.5, w=2.5, by_steps=FEW)),
     (UNCOND.replace('uncond', 'uncond_fewstep'), {}, dict(steps=8, gamma=1.5, w=2.5, by_steps=FEW)),
-    (EMBEDDED, {}, dict(sampler='sde', steps=20, gamma=1.2, w=2.0, by_steps={   # 40: no difference
-        64: dict(sampler='ode', gamma=0.0), 32: dict(gamma=1.5, w=3.0),
+    (EMBEDDED, {}, dict(sampler='sde', steps=20, gamma=1.2, w=2.0, by_steps={
+        40: {}, 64: dict(sampler='ode', gamma=0.0), 32: dict(gamma=1.5, w=3.0),
         8: dict(gamma=2.0, w=3.0), 16: dict(gamma=2.0, w=3.0)})),
     ('sampler: sde\nsteps: 5\ngamma: 1\nw: 2\ncfg: 1.5', {},      # our exports, once
      dict(sampler='sde', steps=5, gamma=1.0, w=2.0, cfg=1.5, by_steps={}))])

@@ -5,9 +5,13 @@ distill.py: the official targets, and what a student learns from a teacher.
 """
 import pytest
 import torch
+from conftest import metrics, same_state
 from test_model import batch, golden, official, rel, small  # noqa: F401, official is a fixture
 
+from configurator import UserError
 from distill import distill_loss, draw_times, pd_target
+from model import ELF
+from sample import resolve_sampling
 
 
 @pytest.mark.parametrize('case', ['steps1', 'steps4', 'steps4_uniform', 'span0'])
@@ -85,3 +89,43 @@ def test_the_teacher_gets_no_gradient_and_the_student_all():
     distill_loss(student, teacher, *args)[0].backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad is not None for p in student.parameters())
+
+# --------------------------------------------------------------------------------------------------
+# the student of a run
+
+def test_a_student_resumes_bit_for_bit_and_takes_its_sampling_along(run, tiny, tmp_path):
+    teacher, straight, parts = (tmp_path / name for name in ('teacher', 'straight', 'parts'))
+    run('train.py', *tiny, f'--out_dir={teacher}', '--max_iters=10', '--steps=32')
+    args = ['train.py', *tiny, f'--teacher={teacher}', f'--init_from=auto:{teacher}',
+            '--distill_steps=2', '--distill_substeps=3', '--eval_interval=10', '--steps=2',
+            '--gamma=0.5', '--w=2.5', '--grid=quantile']
+    run(*args, f'--out_dir={straight}', '--max_iters=20')
+    run(*args, f'--out_dir={parts}', '--max_iters=10')
+    out = run(*args, f'--out_dir={parts}', '--max_iters=20')
+    assert 'at iteration 10' in out
+    assert same_state(straight, parts) and metrics(straight) == metrics(parts)
+    assert not same_state(teacher, straight)
+
+    # sample.py asks for nothing, and neither does it of what was published of it
+    run('convert.py', parts, tmp_path / 'published')
+    for source in (parts, tmp_path / 'published'):
+        c = ELF.from_pretrained(str(source)).config
+        assert resolve_sampling(c) == dict(steps=2, sampler='sde', gamma=0.5, w=2.5, cfg=1.0,
+                                           grid='quantile')
+    run('sample.py', f'--out_dir={parts}', '--num_samples=2', '--device=cpu')
+    texts = (parts / 'samples.jsonl').read_text()
+    run('sample.py', f'--init_from={tmp_path}/published', f'--out_dir={tmp_path}/out',
+        '--num_samples=2', '--device=cpu')
+    assert (tmp_path / 'out' / 'samples.jsonl').read_text() == texts
+
+
+def test_another_teacher_of_a_resumed_student_is_refused(run, tiny, tmp_path):
+    args = ['train.py', *tiny, f'--out_dir={tmp_path}/student', '--distill_steps=2',
+            '--distill_substeps=2']
+    for name, seed in (('a', 1), ('b', 2)):
+        run('train.py', *tiny, f'--out_dir={tmp_path}/{name}', '--max_iters=2', f'--seed={seed}')
+    run(*args, f'--teacher={tmp_path}/a', f'--init_from={tmp_path}/a', '--max_iters=2')
+    with pytest.raises(UserError, match='teacher'):
+        run(*args, f'--teacher={tmp_path}/b', '--init_from=resume')
+    with pytest.raises(UserError, match='distill_steps'):
+        run(*args, f'--teacher={tmp_path}/a', '--init_from=resume', '--distill_steps=1')

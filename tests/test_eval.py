@@ -167,6 +167,9 @@ def test_scores_a_file(evaluate, bins, judge, tmp_path):
     assert last['texts'] == 3 and last['empty'] == 1 and last['real']['texts'] == 3
     worst, best = last['unigram']['nats_per_char'], last['real']['nats_per_char']
     gap = (worst - last['nats_per_char']) / (worst - best)
+    worst, best = last['unigram']['nats_per_token'], last['real']['nats_per_token']
+    tokens = (worst - last['nats_per_token']) / (worst - best)
+    assert last['gap_closed_tokens'] == pytest.approx(tokens)
     assert last['gap_closed'] == pytest.approx(gap)
     own = mean_entropy(str(bins / 'tiny' / 'tokenizer'), ['ab ba', '', '\x1b[2J aaaa'])
     assert last['entropy_own'] == pytest.approx(own)
@@ -263,7 +266,7 @@ def test_says_which_sampler_holds(evaluate, trained, tmp_path):
     assert evaluate(*args, '--steps=2')['gamma'] == 0.25
     assert 'steps=2' in evaluate.out and 'gamma=0.25' in evaluate.out and 'NFE=2' in evaluate.out
     assert evaluate(*args, '--steps=2', '--gamma=1')['gamma'] == 1
-    assert evaluate(*args)['gamma'] == 1.5
+    assert evaluate(*args)['gamma'] == 1.5 and evaluate(*args, '--steps=1')['gamma'] == 1.5 / 4
 
 
 def test_refuses_a_tokenizer_of_other_sizes(evaluate, trained, bins, tmp_path):

@@ -17,7 +17,7 @@ from configurator import UserError
 from eval import read_samples
 from metrics import (COLUMNS, bleu, copied, distinct, duplicates, entropy, gen_ppl, judge_ids,
                      load_judge, ngram_nats, ngram_p, over_runs, print_table, repetition, rouge,
-                     train_ngram, words)
+                     signs, train_ngram, words)
 
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared', 'data')
 OUTPUTS = os.path.join(SHARED, 'official_outputs')
@@ -105,6 +105,8 @@ def test_ngram_is_a_distribution():
     nats = -(math.log(p_a) + math.log((1 + 2 * p_a) / 4)) / 2
     assert ngram_nats(['aa'], one) == pytest.approx(nats)
     assert math.isnan(ngram_nats([''], one))
+    tokens = train_ngram([signs([7, 7, 40_000])], n=2)
+    assert ngram_nats([signs([7, 7])], tokens) == pytest.approx(nats)
 
 
 def test_bleu_and_rouge():
@@ -123,7 +125,7 @@ def test_table_leaves_empty_columns_out_and_fits_a_terminal(capsys):
     print_table({'samples': row, 'unigram': {}}, 'words')
     head, samples, unigram, *notes = capsys.readouterr().out.strip('\n').split('\n')
     assert 'own ent' in head and 'BLEU' not in head and 'ppl' not in head
-    assert len(samples) == len(head) <= 80 and unigram.strip() == 'unigram' and len(notes) == 3
+    assert len(samples) == len(head) <= 80 and unigram.strip() == 'unigram' and len(notes) == 4
     print_table({'samples': dict(gen_ppl=12345.678), 'real': dict(gen_ppl=9.1)}, 'words')
     assert capsys.readouterr().out.startswith('''
              ppl

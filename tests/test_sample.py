@@ -48,7 +48,8 @@ def test_samplers_equal_the_official_ones(case, packed, official):  # noqa: F811
     assert torch.equal(decode_ids(model, z, w), d['ids'])
 
 
-@pytest.mark.parametrize('sampler, gamma', [('ode', 0.0), ('sde', 1.5), ('sde', 40.0)])
+@pytest.mark.parametrize('sampler, gamma', [('ode', 0.0), ('sde', 1.5), ('sde', 40.0),
+                                            ('sde_exact', 3.0)])
 @pytest.mark.parametrize('grid', ['logit_normal', 'uniform', 'quantile'])
 def test_with_an_oracle_every_step_lies_on_the_path_to_the_data(sampler, gamma, grid):
     x0, seen = torch.randn(3, 5, 4), []
@@ -62,6 +63,25 @@ def test_with_an_oracle_every_step_lies_on_the_path_to_the_data(sampler, gamma, 
         torch.testing.assert_close(z, t * x0 + (1 - t) * noise, rtol=0, atol=1e-5)
     generate(oracle, noise, times, sampler, gamma, step_noise=torch.zeros(15, 3, 5, 4), watch=watch)
     assert seen == list(range(17))
+
+
+@pytest.mark.parametrize('sampler, first, least', [('sde_exact', 1, 1), ('sde', 0.729, 0.56)])
+def test_how_noisy_the_network_sees_what_was_renoised(sampler, first, least):
+    """At time t there should be noise of (1 - t) * noise_scale: in the official SDE it is less."""
+    torch.manual_seed(0)
+    oracle, seen = Spy(torch.randn(1, 400, 64), noise_scale=2.0), []
+    predict = oracle.denoise
+
+    def denoise(z, x_prev, t, w):
+        noise = z - t * oracle.x0
+        seen.append((noise.std() / (2 * (1 - t))).item())
+        return predict(z, x_prev, t, w)
+    oracle.denoise = denoise
+    z = 2.0 * torch.randn(1, 400, 64)
+    generate(oracle, z, torch.linspace(0, 1, 9), sampler, gamma=3.0)
+    # 0.729 is sqrt(0.625^2 + 0.375^2), and what lacks adds up
+    assert len(seen) == 8 and seen[0] == pytest.approx(first, abs=0.01)
+    assert min(seen) == pytest.approx(least, abs=0.01) and max(seen) < 1.01
 
 
 @pytest.mark.parametrize('self_cond_prob, fed', [(0.5, True), (0.0, False)])
@@ -88,7 +108,7 @@ def test_grids():
     for steps, schedule in ((0, 'uniform'), (4, 'cosine')):
         with pytest.raises(UserError, match=f'{steps}: at least|{schedule}.* is not one of'):
             time_grid(steps, schedule, c)
-    with pytest.raises(UserError, match="sampler='heun' is not one of ode, sde"):
+    with pytest.raises(UserError, match="sampler='heun' is not one of ode, sde, sde_exact"):
         generate(Spy(None), torch.zeros(1, 1, 1), torch.zeros(2), sampler='heun')
 
 
@@ -97,8 +117,10 @@ def test_what_is_given_wins_over_what_the_checkpoint_has():
     own = dict(steps=32, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, grid='logit_normal')
     assert resolve_sampling(c) == own
     assert resolve_sampling(c, steps=8) == own | dict(steps=8, gamma=2.0)
-    assert resolve_sampling(c, steps=9) == own | dict(steps=9)
-    assert resolve_sampling(c, steps=8, gamma=0.5)['gamma'] == 0.5
+    assert resolve_sampling(c, steps=40) == own | dict(steps=40)
+    assert resolve_sampling(c, steps=4) == own | dict(steps=4, gamma=1.5 * 4 / 32)
+    for n in (4, 8, 40):
+        assert resolve_sampling(c, steps=n, gamma=0.5)['gamma'] == 0.5
     assert resolve_sampling(c, 64, 'sde', cfg=2.0) == own | dict(steps=64, gamma=0.0, cfg=2.0)
     given = dict(steps=64, sampler='sde', gamma=0.0, w=0.0, cfg=0.0, grid='uniform')
     assert resolve_sampling(c, **given) == given
