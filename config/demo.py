@@ -35,7 +35,8 @@ ema_decay = 0.995           # an average over 200 steps; the recipe's 10,000 is 
 ema_warmup = True
 
 steps = 64                  # of sampling
-gamma = 1.5
+sampler = 'sde_exact'
+gamma = 3.0
 grid = 'uniform'            # late times matter here: they choose between words that are alike
 dtype = 'float32'           # matrices this small gain nothing from bfloat16 on a CPU,
 compile = False             # and compiling takes longer than it saves
