@@ -184,6 +184,13 @@ def test_only_rank_0_prints_the_changes(tmp_path):
     assert 'settings:' not in command(tmp_path, '--batch_size=3', RANK='1').stdout
 
 
+def test_the_backend_of_a_notebook_is_not_asked_for():
+    """A notebook tells its shell commands of a module that only its own Python may have."""
+    code = 'import configurator; from matplotlib.figure import Figure'
+    environment = os.environ | dict(MPLBACKEND='module://only_in_the_notebook')
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=environment, check=True)
+
+
 def test_texts_that_the_terminal_lacks(tmp_path):
     r = command(tmp_path, '--start=é', PYTHONIOENCODING='ascii')
     assert r.returncode == 0 and 'RESULT' in r.stdout
