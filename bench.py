@@ -7,6 +7,8 @@ timed apart.
         --compile=true                                  # a large GPU
     python bench.py --what=sample --sample_batch_size=64 --sample_length=1024 --compile=true
 """
+from configurator import UserError, configure       # first: see there
+
 import json
 import os
 import resource
@@ -21,7 +23,6 @@ import torch.nn.functional as F
 from transformers import T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from configurator import UserError, configure
 from data import get_rows
 from device import autocast, compile_in_place, describe, pack_linears, pick_device
 from model import ELF, MODELS, TextEncoder, compute_loss, draw, encode_rows, estimate_flops

@@ -21,7 +21,7 @@ from types import ModuleType
 # OpenMP reads this when torch is loaded, so scripts import this file first. Threads that spin while
 # they wait for each other are a fifth faster alone, and 20 times slower beside another program.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-# a notebook's names a module that this Python may lack, and matplotlib stops at it; we open no window
+# a notebook's names a module that this Python may lack; matplotlib would stop at it
 os.environ.pop('MPLBACKEND', None)
 
 # -------------------------------------------------------------------------------------------------

@@ -70,15 +70,19 @@ def level(p):
 
 
 def lay_out(pieces, marks, width):
-    """A text in lines, broken at spaces -> list of lines, each a list of (stretch, its mark)."""
-    signs = [(sign, mark) for piece, mark in zip(pieces, marks) for sign in printable(piece)]
-    text, lines, start = printable(''.join(pieces)), [], 0
+    """A text in lines, its own and those cut at spaces -> lists of (stretch, its mark)."""
+    signs = [(sign, mark) for piece, mark in zip(pieces, marks) for raw in piece
+             for sign in (raw if raw == '\n' else printable(raw))]
+    text, lines, start = ''.join(sign for sign, _ in signs), [], 0
     while start < len(text) or not lines:
         end = start + width
-        if end < len(text):
+        if '\n' in text[start:end + 1]:
+            end = text.index('\n', start) + 1
+        elif end < len(text):
             end = text.rfind(' ', start, end) + 1 or end
         line = []
         for sign, mark in signs[start:end]:
+            sign = sign.strip('\n')
             if line and line[-1][1] == mark:
                 sign = line.pop()[0] + sign
             line.append((sign, mark))

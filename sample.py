@@ -298,7 +298,7 @@ if __name__ == '__main__':
             rows.append(row)
             bar.update()
     for row in rows:
-        print(f"--- {row['id']}\n{printable(row['generated'])}")
+        print(f"--- {row['id']}", *map(printable, row['generated'].split('\n')), sep='\n')
     file = os.path.join(out_dir, 'samples.jsonl')
     write_jsonl(file, rows)
     print(f"{len(rows)} texts in {file}")

@@ -18,5 +18,7 @@ eval_interval = 250
 save_interval = 250
 sample_interval = 250
 
-steps = 4                   # of sampling, and how much of it is re-noised
-gamma = 0.5
+steps = 4                   # of sampling
+sampler = 'ode'             # no noise is left to be corrected
+gamma = 0.0
+grid = 'quantile'           # the times that it was trained at

@@ -1,11 +1,11 @@
 """
-What prompts are worth: real rows with a part filled in, judged by the 5-gram of the training text.
+What prompts are worth: real rows with a part filled in, judged by n-grams of the training text.
 
     python tests/seams.py out/demo data pydocs 100      # model, data_dir, dataset, rows
 
-Nats per character over what was filled in and the characters after it whose context it is part of.
-pasted: the same places of an unconditional sample; held: as sample.py does it; clean: the known
-latents shown as they are, as in conditional tasks; real: what stood there.
+Nats per character (5-gram) and per token (3-gram) over what was filled in and what comes after it
+and has it in its context. pasted: the same places of an unconditional sample; held: as sample.py
+does it; clean: the known latents shown as they are, as in conditional tasks; real: what stood there.
 """
 import math
 import os
@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import sample  # noqa: E402, found by the path above
 from data import load_tokenizer, open_bins, open_split, read_row  # noqa: E402
 from device import pack_linears  # noqa: E402
-from metrics import ngram_p, train_ngram  # noqa: E402
+from metrics import ngram_p, signs, train_ngram  # noqa: E402
 from model import ELF, TextEncoder  # noqa: E402
 from page import split  # noqa: E402
 
@@ -31,10 +31,9 @@ def rows_of(meta, which, n):
     return [read_row(ids, index, r)[1].tolist() for r in numbers]
 
 
-def nats_at(ids, start, end, tokenizer, ngram):
-    """-log P of the characters of tokens start to end and of those they touch -> sum, count."""
-    pieces = split(ids, tokenizer)
-    text, reach = ''.join(pieces), 4        # of a 5-gram
+def nats_at(pieces, start, end, ngram):
+    """-log P of the signs of pieces start to end and of those they touch -> sum, count."""
+    text, reach = ''.join(pieces), ngram[0] - 1
     first = len(''.join(pieces[:start]))
     last = min(len(''.join(pieces[:end])) + reach, len(text))
     nats = 0.0
@@ -50,10 +49,11 @@ def main(source, data_dir, dataset, n):
     tokenizer = load_tokenizer(c.tokenizer)
     encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std)
     train = rows_of(meta, 'train', 10**9)
-    ngram = train_ngram([tokenizer.decode(ids, skip_special_tokens=True) for ids in train])
+    of_chars = train_ngram([tokenizer.decode(ids, skip_special_tokens=True) for ids in train])
+    of_tokens = train_ngram(map(signs, train), 3)
     rows = [ids[:c.max_length] for ids in rows_of(meta, 'val', 3 * n)]
     rows = [ids for ids in rows if len(ids) > 0.8 * c.max_length][:n]
-    how = sample.resolve_sampling(c) | dict(grid='quantile')
+    how = sample.resolve_sampling(c)
     device, held = torch.device('cpu'), sample.generate
 
     def clean(*args, noisy_cond, **kwargs):
@@ -74,14 +74,16 @@ def main(source, data_dir, dataset, n):
                                             prompt=(row, known))
                 filled[kind] = text['ids']
             for kind, ids_of in filled.items():
-                nats, count = nats_at(ids_of, start, end, tokenizer, ngram)
-                sums.setdefault(kind, []).append((nats, count))
+                by_chars = nats_at(split(ids_of, tokenizer), start, end, of_chars)
+                by_tokens = nats_at(signs(ids_of), start, end, of_tokens)
+                sums.setdefault(kind, []).append((by_chars, by_tokens))
         for kind, of_rows in sums.items():
-            nats, counts = np.array(of_rows).T
-            # the ratio's standard error over rows
-            error = np.std(nats - nats.sum() / counts.sum() * counts) / counts.mean()
-            print(f"{name:14} {kind:8} {nats.sum() / counts.sum():.3f} +- "
-                  f"{error / math.sqrt(len(rows)):.3f}")
+            line = f"{name:14} {kind:8}"
+            for nats, counts in np.array(of_rows).transpose(1, 2, 0):
+                # the ratio's standard error over rows
+                error = np.std(nats - nats.sum() / counts.sum() * counts) / counts.mean()
+                line += f" {nats.sum() / counts.sum():.3f} +- {error / math.sqrt(len(rows)):.3f}"
+            print(line, flush=True)
 
 
 if __name__ == '__main__':

@@ -107,8 +107,10 @@ def test_what_has_settled():
 
 
 def test_lines_break_at_spaces():
-    lines = lay_out(['ab ', 'cd ', 'efghijk', '\n\x1b'], [1, 1, 2, 2], 6)
+    lines = lay_out(['ab ', 'cd ', 'efghijk', '\t\x1b'], [1, 1, 2, 2], 6)
     assert lines == [[('ab cd ', 1)], [('efghij', 2)], [('k \\x1b', 2)]]
+    lines = lay_out(['AB:\n', 'cd ef\n', '\ngh'], [1, 2, 2], 5)
+    assert lines == [[('AB:', 1)], [('cd ef', 2)], [('', 2)], [('gh', 2)]]
     assert lay_out([], [], 6) == [[]]
 
 # --------------------------------------------------------------------------------------------------
