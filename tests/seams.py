@@ -5,7 +5,7 @@ What prompts are worth: real rows with a part filled in, judged by n-grams of th
 
 Nats per character (5-gram) and per token (3-gram) over what was filled in and what comes after it
 and has it in its context. pasted: the same places of an unconditional sample; held: as sample.py
-does it; clean: the known latents shown as they are, as in conditional tasks; real: what stood there.
+does it; clean: the known latents shown as they are, as for conditions; real: what stood there.
 """
 import math
 import os
