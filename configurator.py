@@ -18,9 +18,10 @@ import sys
 from contextlib import contextmanager
 from types import ModuleType
 
-# OpenMP reads this when torch is loaded, so scripts import this file first. Threads that spin while
-# they wait for each other are a fifth faster alone, and 20 times slower beside another program.
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+# OpenMP reads this when torch is loaded, so scripts import this file first: how long a thread spins
+# for the others before it sleeps. A matter of microseconds, or two programs on one machine are each
+# many times slower; not at all, and one alone is half slower.
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 # a notebook's names a module that this Python may lack; matplotlib would stop at it
 os.environ.pop('MPLBACKEND', None)
 
