@@ -231,15 +231,15 @@ def load_model(init_from, out_dir):
 
 def resolve_sampling(config, steps=-1, sampler='', gamma=-1, w=-1, cfg=-1, grid=''):
     """
-    Settings where given, else what the checkpoint has for that number of steps -> dict. For fewer
-    steps than it says anything of, gamma falls with them: no step re-noises more than one of its.
+    Settings where given, else what the checkpoint has for that number of steps -> dict. Below 8
+    steps of which it says nothing gamma is 0: so long a step back costs more than it brings.
     """
     given = dict(steps=steps, sampler=sampler, gamma=gamma, w=w, cfg=cfg, grid=grid)
     own = {k: getattr(config, k) for k in given}
     given = {k: v for k, v in given.items() if v not in (-1, '')}
     steps = given.get('steps', own['steps'])
-    if steps < own['steps'] and steps not in config.by_steps:
-        own['gamma'] *= steps / own['steps']
+    if steps < min(8, own['steps']) and steps not in config.by_steps:
+        own['gamma'] = 0.0
     return own | config.by_steps.get(steps, {}) | given
 
 

@@ -28,6 +28,7 @@ warmup_iters = 100
 ema_decay = 0.99
 ema_warmup = True
 
+grid = 'quantile'            # of sampling
 log_interval = 20
 eval_interval = 250
 eval_iters = 5

@@ -36,7 +36,7 @@ ema_warmup = True
 
 steps = 64
 gamma = 1.5
-grid = 'uniform'
+grid = 'quantile'
 dtype = 'float32'
 compile = False
 log_interval = 100

@@ -32,5 +32,6 @@ ema_warmup = True
 ns_dtype = 'bfloat16'
 steps = 64
 gamma = 1.0
+grid = 'quantile'
 log_interval = 50
 sample_interval = 2000

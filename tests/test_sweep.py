@@ -125,7 +125,7 @@ def test_several_models_and_seeds(swept, tmp_path):
     change_settings(other, by_steps={2: dict(gamma=0.25)})
     rows = swept(f'out_dir={tmp_path},{other} steps=2', '--seeds=1,2')
     assert [row['model'] for row in rows] == ['real text', str(tmp_path), str(other)]
-    assert [row['gamma'] for row in rows[1:]] == [0.75, 0.25] and rows[1]['seeds'] == [1, 2]
+    assert [row['gamma'] for row in rows[1:]] == [0.0, 0.25] and rows[1]['seeds'] == [1, 2]
     assert rows[1]['stderr']['nats_per_char'] > 0 and 'stderr' not in rows[0]
 
 
