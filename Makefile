@@ -12,8 +12,8 @@ DEMO_SAMPLES ?= 200
 	touch .venv/ready
 
 demo: .venv/ready
-	@echo "ELF learns to write about Python, from Python's own documentation: some six minutes on two"
-	@echo "CPU cores, nothing is downloaded; its loss line tells how much time is left"
+	@echo "ELF learns to write about Python, from Python's own documentation: three to six minutes on"
+	@echo "two CPU cores, nothing is downloaded; its loss line tells how much time is left"
 	.venv/bin/python prepare.py
 	.venv/bin/python train.py config/demo.py $(DEMO)
 	.venv/bin/python sample.py --out_dir=out/demo --num_samples=8 --trace=8 \
