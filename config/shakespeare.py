@@ -1,4 +1,5 @@
-# Shakespeare, letters and punctuation: a 3M-parameter ELF, an hour on a CPU, minutes on a GPU.
+# Shakespeare, letters and punctuation: a 3M-parameter ELF, an hour on one core of a CPU. Not run by
+# us on a GPU.
 #
 #   curl -o shakespeare.txt \
 #       https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt

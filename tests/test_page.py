@@ -150,14 +150,16 @@ class Screen:
 
 def test_the_terminal_is_redrawn_in_place(sampled, monkeypatch):
     monkeypatch.setattr(page, 'can_redraw', lambda: True)
-    monkeypatch.setattr(shutil, 'get_terminal_size', lambda: (2000, 40))
+    monkeypatch.setattr(shutil, 'get_terminal_size', lambda: (2000, 400))
     texts, screen = sampled('--trace=9'), Screen()
     screen.feed(sampled.out)
     bar = next(i for i, line in enumerate(screen.lines) if line.startswith('t='))
     assert screen.lines[bar].startswith('t=1.00') and screen.lines[bar].endswith('step 30 of 30')
     assert screen.drawings == 9 and sum(line.startswith('t=') for line in screen.lines) == 1
-    assert screen.lines[bar + 1:bar + 9] == ['  ' + printable(text) for text in texts[:8]]
-    assert screen.lines[bar + 9] == '--- 0'
+    want = ['  ' + printable(line) for text in texts[:8]
+            for line in text.removesuffix('\n').split('\n')]
+    assert screen.lines[bar + 1:bar + 1 + len(want)] == want
+    assert screen.lines[bar + 1 + len(want)] == '--- 0'
     assert all(screen.grey[:3]) and screen.grey[-1] == 0    # all may move at first, nothing at last
     assert '\x1b[31m' not in sampled.out                    # no text moves the cursor
 
