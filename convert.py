@@ -8,6 +8,8 @@ SRC is a file, a folder or a hub id of a JAX checkpoint (flax msgpack or Orbax),
 our ckpt.pt, or any state dict of an ELF. All or nothing: every array of the network is used, every
 parameter filled, no shape changed.
 """
+from configurator import UserError, one_line, one_line_errors     # first: see there
+
 import contextlib
 import io
 import json
@@ -22,7 +24,6 @@ import numpy as np
 import torch
 
 from checkpoint import check_known, find_checkpoint, is_jax, load_checkpoint
-from configurator import UserError, one_line, one_line_errors
 from model import ELF, ELFConfig
 from official import (OFFICIAL_SETTINGS, PUBLISHED_SIZES, from_official_names, read_config_yml,
                       read_sizes, to_official_names)

@@ -13,6 +13,8 @@ Own data: UTF-8 .txt files; .jsonl files, {"text": ...} or {"input": ..., "outpu
 what is train, validation and test. Everything streams: memory does not grow with the data. A set
 appears under its name whole or not at all.
 """
+from configurator import UserError, configure, from_hub       # first: see there
+
 import ast
 import glob
 import json
@@ -30,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import UserError, configure, from_hub
 from data import (FILES, batched, finish_swap, get_rows, load_tokenizer, open_bins, open_split,
                   read_jsonl, read_lines, read_row, sha256, write_jsonl, write_split)
 from model import ELFConfig, TextEncoder

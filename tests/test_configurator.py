@@ -3,6 +3,7 @@ configurator.py: every rule of config files and --name=value, as a user's comman
 and errors in one line.
     python -m pytest -q tests/test_configurator.py
 """
+import ast
 import os
 import subprocess
 import sys
@@ -182,6 +183,26 @@ def test_a_bug_keeps_its_traceback(tmp_path):
 def test_only_rank_0_prints_the_changes(tmp_path):
     assert 'settings: batch_size=3' in command(tmp_path, '--batch_size=3').stdout
     assert 'settings:' not in command(tmp_path, '--batch_size=3', RANK='1').stdout
+
+
+@pytest.mark.parametrize('script', ['train', 'sample', 'eval', 'prepare', 'convert', 'bench'])
+def test_torch_is_loaded_after_the_environment_is_set(script):
+    """OpenMP reads how long to spin when torch is loaded: what a script imports first counts."""
+    with open(os.path.join(ROOT, f'{script}.py'), encoding='utf-8') as f:
+        imports = [node for node in ast.parse(f.read()).body
+                   if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert imports[0].module == 'configurator'
+
+
+@pytest.mark.parametrize('given, want', [
+    ({}, '1000 False\n'), (dict(GOMP_SPINCOUNT='7'), '7 False\n')])
+def test_how_long_threads_spin_unless_it_is_set(given, want):
+    code = ('import configurator, os, sys; '
+            'print(os.environ["GOMP_SPINCOUNT"], "torch" in sys.modules)')
+    environment = {k: v for k, v in os.environ.items() if k != 'GOMP_SPINCOUNT'} | given
+    got = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=environment, text=True,
+                         check=True, capture_output=True)
+    assert got.stdout == want
 
 
 def test_the_backend_of_a_notebook_is_not_asked_for():

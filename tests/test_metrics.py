@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from configurator import UserError
 from eval import read_samples
 from metrics import (COLUMNS, bleu, copied, distinct, duplicates, entropy, gen_ppl, judge_ids,
-                     load_judge, ngram_nats, ngram_p, over_runs, print_table, repetition, rouge,
-                     signs, train_ngram, words)
+                     load_judge, measure, ngram_nats, ngram_p, over_runs, print_table,
+                     repetition, rouge, signs, train_ngram, words)
 
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared', 'data')
 OUTPUTS = os.path.join(SHARED, 'official_outputs')
@@ -107,6 +107,9 @@ def test_ngram_is_a_distribution():
     assert math.isnan(ngram_nats([''], one))
     tokens = train_ngram([signs([7, 7, 40_000])], n=2)
     assert ngram_nats([signs([7, 7])], tokens) == pytest.approx(nats)
+    row = measure([dict(generated='ab', ids=[7, 7])], 9, [], (ngram, tokens), 'none', 1, 'cpu')
+    assert row['nats_per_token'] == pytest.approx(nats)
+    assert row['nats_per_char'] == ngram_nats(['ab'], ngram) != pytest.approx(nats)
 
 
 def test_bleu_and_rouge():

@@ -127,6 +127,18 @@ def test_what_is_given_wins_over_what_the_checkpoint_has():
     c.steps, c.grid = 8, 'quantile'     # by_steps says what differs from the checkpoint's others
     assert resolve_sampling(c) == own | dict(steps=8, gamma=2.0, grid='quantile')
 
+
+def test_a_gigabyte_of_logits_at_a_time():
+    """Five rows of which two fit: each is decoded once, in its place."""
+    sizes = []
+
+    def decode(z, w):
+        sizes.append(len(z))
+        return z + 0 * w[:, None, None]
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=2**27), decode=decode)
+    z = torch.eye(5)[:, None]
+    assert decode_ids(model, z, 3.0).tolist() == [[0], [1], [2], [3], [4]] and sizes == [2, 2, 1]
+
 # --------------------------------------------------------------------------------------------------
 # precision on a CPU
 
