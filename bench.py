@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from transformers import T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from data import get_rows
-from device import autocast, compile_in_place, describe, pack_linears, pick_device
+from parts.data import get_rows
+from parts.device import autocast, compile_in_place, describe, pack_linears, pick_device
 from model import ELF, MODELS, TextEncoder, compute_loss, draw, encode_rows, estimate_flops
-from muon import make_optimizer
+from parts.muon import make_optimizer
 from sample import decode_ids, generate, time_grid
 
 # -------------------------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ import tempfile
 import numpy as np
 import torch
 
-from checkpoint import check_known, find_checkpoint, is_jax, load_checkpoint
+from parts.checkpoint import check_known, find_checkpoint, is_jax, load_checkpoint
 from model import ELF, ELFConfig
-from official import (OFFICIAL_SETTINGS, PUBLISHED_SIZES, from_official_names, read_config_yml,
-                      read_sizes, to_official_names)
+from parts.official import (OFFICIAL_SETTINGS, PUBLISHED_SIZES, from_official_names,
+                            read_config_yml, read_sizes, to_official_names)
 
 # -------------------------------------------------------------------------------------------------
 # out: the official layout

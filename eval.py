@@ -25,19 +25,19 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import make_out_dir
-from data import (check_vocabulary, cut_at_eos, get_rows, load_tokenizer, open_bins, open_split,
-                  read_inputs, read_jsonl, read_row, to_json, write_jsonl)
-from device import (autocast, describe, gather, join_ranks, own_device, pack_linears, pick_device,
-                    print0, rank_and_world)
-from distill import distill_loss, draw_times
-from metrics import (count_tokens, find_targets, load_judge, mean, measure, over_runs, print_gap,
-                     print_table, signs, train_ngram)
-from metrics import bleu, entropy, gen_ppl, rouge  # noqa: F401, for those who import them from here
+from parts.checkpoint import make_out_dir
+from parts.data import (check_vocabulary, cut_at_eos, get_rows, load_tokenizer, open_bins,
+                        open_split, read_inputs, read_jsonl, read_row, to_json, write_jsonl)
+from parts.device import (autocast, describe, gather, join_ranks, own_device, pack_linears,
+                          pick_device, print0, rank_and_world)
+from parts.distill import distill_loss, draw_times
+from parts.metrics import (count_tokens, find_targets, load_judge, mean, measure, over_runs,
+                           print_gap, print_table, signs, train_ngram)
+from parts.metrics import bleu, entropy, gen_ppl, rouge  # noqa: F401
 from model import TextEncoder, compute_loss, draw, encode_rows
 from sample import load_model, resolve_sampling, sample_texts
-from sweep import (LEFT_OUT, REAL, combinations, find_done, make_plan, names_of, passes, plot_sweep,
-                   read_rows, sampler_of, save_figure, stamp)
+from parts.sweep import (LEFT_OUT, REAL, combinations, find_done, make_plan, names_of, passes,
+                         plot_sweep, read_rows, sampler_of, save_figure, stamp)
 
 # --------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); texts and metrics.jsonl go here

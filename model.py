@@ -25,9 +25,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import load_weights
+from parts.checkpoint import load_weights
 from configurator import from_hub
-from official import check_fit, to_official_names
+from parts.official import check_fit, to_official_names
 
 # -------------------------------------------------------------------------------------------------
 # settings: all that rebuilds a model and its task, so that a checkpoint needs no train.py

@@ -32,8 +32,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (FILES, batched, finish_swap, get_rows, load_tokenizer, open_bins, open_split,
-                  read_jsonl, read_lines, read_row, sha256, write_jsonl, write_split)
+from parts.data import (FILES, batched, finish_swap, get_rows, load_tokenizer, open_bins,
+                        open_split, read_jsonl, read_lines, read_row, sha256, write_jsonl,
+                        write_split)
 from model import ELFConfig, TextEncoder
 
 # --------------------------------------------------------------------------------------------------

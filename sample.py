@@ -15,12 +15,13 @@ import os
 import torch
 from tqdm import tqdm
 
-from checkpoint import make_out_dir
-from data import load_tokenizer, printable, read_inputs, row_seed, write_jsonl
-from device import autocast, compile_in_place, describe, pack_linears, pick_device
+from parts.checkpoint import make_out_dir
+from parts.data import load_tokenizer, printable, read_inputs, row_seed, write_jsonl
+from parts.device import autocast, compile_in_place, describe, pack_linears, pick_device
 from model import ELF, TextEncoder, velocity
-from page import MOMENTS, can_redraw, make_frame, make_room, moments, show, write_page, write_svg
-from prompt import encode_inputs, read_prompt, text_ids
+from parts.page import (MOMENTS, can_redraw, make_frame, make_room, moments, show, write_page,
+                        write_svg)
+from parts.prompt import encode_inputs, read_prompt, text_ids
 
 # -------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); samples.jsonl is written here

@@ -27,16 +27,16 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint as on_disk
-from data import (check_bins, check_vocabulary, get_rows, load_tokenizer, open_bins, printable,
-                  read_inputs, row_seed, rows_at, to_json, write_jsonl)
-from device import (PEAK_FLOPS, autocast, compile_in_place, describe, gather, join_ranks, largest,
-                    mean_over_ranks, own_device, pick_device, print0, rank_and_world)
-from distill import distill_loss, draw_times, load_teacher
+from parts import checkpoint as on_disk
+from parts.data import (check_bins, check_vocabulary, get_rows, load_tokenizer, open_bins,
+                        printable, read_inputs, row_seed, rows_at, to_json, write_jsonl)
+from parts.device import (PEAK_FLOPS, autocast, compile_in_place, describe, gather, join_ranks,
+                          largest, mean_over_ranks, own_device, pick_device, print0, rank_and_world)
+from parts.distill import distill_loss, draw_times, load_teacher
 from eval import describe_val, estimate_loss, plot_losses
 from model import (ELF, SIZES, ELFConfig, TextEncoder, compute_loss, draw, encode_rows,
                    estimate_flops)
-from muon import make_optimizer
+from parts.muon import make_optimizer
 from sample import GRIDS, SAMPLERS, resolve_sampling, sample_texts
 
 # -------------------------------------------------------------------------------------------------

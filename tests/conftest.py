@@ -16,7 +16,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ.setdefault('HF_HUB_OFFLINE', '1')        # tests never ask the network
 
-from data import FILES, sha256, write_split  # noqa: E402, found by the path above
+from parts.data import FILES, sha256, write_split  # noqa: E402, found by the path above
 
 
 def pytest_addoption(parser):

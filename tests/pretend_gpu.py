@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import device
+from parts import device
 
 aten = torch.ops.aten
 waits = []

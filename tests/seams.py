@@ -17,11 +17,11 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import sample  # noqa: E402, found by the path above
-from data import load_tokenizer, open_bins, open_split, read_row  # noqa: E402
-from device import pack_linears  # noqa: E402
-from metrics import ngram_p, signs, train_ngram  # noqa: E402
+from parts.data import load_tokenizer, open_bins, open_split, read_row  # noqa: E402
+from parts.device import pack_linears  # noqa: E402
+from parts.metrics import ngram_p, signs, train_ngram  # noqa: E402
 from model import ELF, TextEncoder  # noqa: E402
-from page import split  # noqa: E402
+from parts.page import split  # noqa: E402
 
 
 def rows_of(meta, which, n):

@@ -16,8 +16,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
-from checkpoint import find_checkpoint, load_checkpoint, lock, newest_checkpoint, save_checkpoint
+from parts import checkpoint
+from parts.checkpoint import (find_checkpoint, load_checkpoint, lock, newest_checkpoint,
+                              save_checkpoint)
 from configurator import UserError
 from model import ELF, MODELS, ELFConfig
 

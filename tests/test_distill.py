@@ -9,7 +9,7 @@ from conftest import metrics, same_state
 from test_model import batch, golden, official, rel, small  # noqa: F401, official is a fixture
 
 from configurator import UserError
-from distill import distill_loss, draw_times, pd_target
+from parts.distill import distill_loss, draw_times, pd_target
 from model import ELF
 from sample import resolve_sampling
 

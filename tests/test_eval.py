@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 import eval as eval_py
 from configurator import UserError
-from data import open_bins
+from parts.data import open_bins
 from eval import bin_rows, estimate_loss, plot_losses, read_samples, read_series, t_edges
 from model import ELF, ELFConfig, TextEncoder, draw
 

@@ -15,7 +15,7 @@ from test_model import batch, rel, small
 
 import model
 from model import ELFConfig, compute_loss
-from muon import make_optimizer
+from parts.muon import make_optimizer
 from sample import decode_ids, generate, time_grid
 
 REAL = torch.cuda.is_available()

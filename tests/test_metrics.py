@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from configurator import UserError
 from eval import read_samples
-from metrics import (COLUMNS, bleu, copied, distinct, duplicates, entropy, gen_ppl, judge_ids,
-                     load_judge, measure, ngram_nats, ngram_p, over_runs, print_table,
-                     repetition, rouge, signs, train_ngram, words)
+from parts.metrics import (COLUMNS, bleu, copied, distinct, duplicates, entropy, gen_ppl,
+                           judge_ids, load_judge, measure, ngram_nats, ngram_p, over_runs,
+                           print_table, repetition, rouge, signs, train_ngram, words)
 
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared', 'data')
 OUTPUTS = os.path.join(SHARED, 'official_outputs')

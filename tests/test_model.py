@@ -18,7 +18,7 @@ from transformers import T5Config, T5EncoderModel
 from configurator import UserError
 from model import (ELF, MODELS, Draws, ELFConfig, TextEncoder, compute_loss, draw, estimate_flops,
                    velocity)
-from official import to_official_names
+from parts.official import to_official_names
 
 GOLDEN = os.path.join(ROOT, 'tests', 'golden')
 SMALL = ELFConfig(n_layer=2, n_embd=32, n_head=2, vocab_size=29, latent_dim=8, bottleneck=4,

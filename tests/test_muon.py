@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from muon import make_optimizer, orthogonalize, turns_on_gram
+from parts.muon import make_optimizer, orthogonalize, turns_on_gram
 
 SHAPES = [(8, 24), (8, 24), (24, 8), (8, 9), (12,), (1, 3, 8)]
 

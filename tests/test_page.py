@@ -18,11 +18,11 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-import page
+from parts import page
 from configurator import UserError
-from data import printable
+from parts.data import printable
 from model import ELF, ELFConfig
-from page import agree, lay_out, make_frame, moments, split, write_page, write_svg
+from parts.page import agree, lay_out, make_frame, moments, split, write_page, write_svg
 
 HOSTILE = ['<script>document.title = "owned"</script>', '</script><script>alert(1)</script>',
            '<img src="http://evil.test/x" onerror="document.title = 1">', '</p><b>', '&amp;', '$x',

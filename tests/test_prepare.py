@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import prepare
 from configurator import UserError
-from data import get_rows, open_bins, open_split, read_row, sha256
+from parts.data import get_rows, open_bins, open_split, read_row, sha256
 from model import ELFConfig, TextEncoder
 
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared', 'data')

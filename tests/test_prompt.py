@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from configurator import UserError
 from model import ELF, ELFConfig, TextEncoder
-from prompt import read_prompt
+from parts.prompt import read_prompt
 from sample import generate, resolve_sampling, sample_texts
 
 T5 = os.path.join(os.path.dirname(ROOT), 'shared', 'data', 't5_tokenizer')

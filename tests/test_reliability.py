@@ -20,11 +20,11 @@ import torch
 from conftest import ROOT, command, metrics, same, same_state, state
 from hypothesis import strategies as st
 
-import checkpoint
+from parts import checkpoint
 import eval as eval_py
 import model
 from configurator import UserError, settings_of
-from data import get_rows, open_bins, rows_at
+from parts.data import get_rows, open_bins, rows_at
 
 STRESS = pytest.mark.slow
 QUIET = dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1')

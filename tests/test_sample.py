@@ -12,7 +12,7 @@ import torch
 from test_model import golden, official, small  # noqa: F401, official is a fixture
 
 from configurator import UserError
-from device import describe, pack_linears, pick_device
+from parts.device import describe, pack_linears, pick_device
 from model import ELF, ELFConfig
 from sample import decode_ids, generate, resolve_sampling, sample_texts, time_grid
 

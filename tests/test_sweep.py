@@ -10,7 +10,7 @@ import pytest
 from test_eval import change_settings, eval_command, evaluate, trained  # noqa: F401, fixtures
 
 import sample
-import sweep
+from parts import sweep
 from configurator import UserError
 
 SETTINGS = dict(init_from='', out_dir='out', steps=-1, sampler='', gamma=-1.0, w=-1.0, cfg=-1.0,

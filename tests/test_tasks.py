@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from configurator import UserError
-from data import read_jsonl
+from parts.data import read_jsonl
 
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared', 'data')
 SMALL = ['--max_input_length=12', '--pad_token=eos', '--gradient_accumulation_steps=1',

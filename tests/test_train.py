@@ -19,9 +19,9 @@ import torch
 from conftest import ROOT, command, metrics, same, same_state, state
 
 import train
-from checkpoint import save_checkpoint, where_to_start
+from parts.checkpoint import save_checkpoint, where_to_start
 from configurator import UserError, settings_of
-from data import FILES, sha256, write_split
+from parts.data import FILES, sha256, write_split
 from model import ELF, MODELS, ELFConfig
 
 TRAIN = os.path.join(ROOT, 'train.py')

@@ -26,9 +26,9 @@ from transformers.utils.logging import disable_progress_bar
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from configurator import UserError, configure
-from device import autocast, compile_in_place, pack_linears, pick_device
+from parts.device import autocast, compile_in_place, pack_linears, pick_device
 from model import ELF, MODELS, TextEncoder, compute_loss, draw, encode_rows
-from muon import make_optimizer
+from parts.muon import make_optimizer
 from sample import decode_ids, generate, time_grid
 
 # -------------------------------------------------------------------------------------------------
@@ -79,16 +79,12 @@ def port_model(model, c, device):
 
 
 def port_optimizer(net, settings):
-    """Its Muon. It imports the package muon, and must not find our muon.py under that name."""
+    """Its Muon."""
     from utils.train_utils import get_optimizer
-    our_muon, path = sys.modules.pop('muon'), sys.path
-    sys.path = [folder for folder in path if folder != ROOT]
     try:
         return get_optimizer(net, settings, 1e-4)
     except ImportError as e:
         raise UserError(f"{e}; pip install einops muon-optimizer") from None
-    finally:
-        sys.path, sys.modules['muon'] = path, our_muon
 
 
 def port_training(net, c, encoder, ids):

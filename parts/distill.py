@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError
-from data import check_vocabulary
+from parts.data import check_vocabulary
 from model import ELF, velocity
 
 

@@ -8,7 +8,7 @@ import json
 import os
 from collections import defaultdict
 
-from checkpoint import find_checkpoint
+from parts.checkpoint import find_checkpoint
 from configurator import UserError, check_type
 from sample import GRIDS, SAMPLERS, resolve_sampling
 

@@ -6,7 +6,7 @@ import re
 import torch
 
 from configurator import UserError
-from data import cut_at_eos
+from parts.data import cut_at_eos
 
 
 def encode_inputs(texts, tokenizer, encoder, c, device):

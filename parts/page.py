@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError
-from data import printable
+from parts.data import printable
 
 MOMENTS = 48            # frames of a page; of an SVG, which loops, half of them
 SETTLED = 3             # a token has settled when so many frames agree on it, and it is likely

@@ -17,7 +17,7 @@ import zipfile
 import torch
 
 from configurator import UserError, from_hub, one_line
-from official import from_official_names, read_config_yml, read_sizes
+from parts.official import from_official_names, read_config_yml, read_sizes
 
 # -------------------------------------------------------------------------------------------------
 # ours: whole or not at all
