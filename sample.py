@@ -8,7 +8,7 @@ Write text: noise at t=0, a few dozen steps along the learned flow, tokens at t=
     python sample.py --init_from=embedded-language-flows/ELF-B-owt-torch --num_samples=4
     python sample.py --init_from=embedded-language-flows/ELF-B-de-en-torch --input="Guten Morgen"
 """
-from configurator import UserError, configure, rank_and_world       # before torch: see there
+from configurator import UserError, configure       # before torch: see there
 
 import os
 import signal
@@ -20,10 +20,10 @@ from tqdm import tqdm
 from model import ELF, TextEncoder, velocity
 from parts.checkpoint import make_out_dir
 from parts.data import batched, load_tokenizer, printable, row_seed, write_jsonl
-from parts.device import autocast, compile_in_place, pack_linears, start
+from parts.device import autocast, compile_in_place, pack_linears, rank_and_world, start
 from parts.page import (MOMENTS, can_redraw, check_writable, is_right, make_frame, moments, show,
                         write_page, write_svg)
-from parts.prompt import known_tokens, read_conditions, read_prompt, text_ids
+from parts.prompt import known_tokens, read_given, text_ids
 
 # -------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); samples.jsonl is written here
@@ -56,7 +56,7 @@ compile = False             # torch.compile the network: a minute first, then fa
 
 SAMPLERS = ('ode', 'sde', 'sde_exact')
 GRIDS = ('logit_normal', 'quantile', 'uniform')
-CHOICES = dict(sampler=('', *SAMPLERS), grid=('', *GRIDS), dtype=('auto', 'float32', 'bfloat16'))
+CHOICES = dict(sampler=('', *SAMPLERS), grid=('', *GRIDS))
 AT_LEAST_1 = ('num_samples', 'batch_size', 'steps')
 
 
@@ -107,7 +107,7 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
     if sampler not in SAMPLERS:
         raise UserError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}")
     c, B = model.config, len(z)
-    times = times.to(z).expand(B, -1)                                                 # (B, steps+1)
+    times = times.to(z).expand(B, -1)[..., None, None]                          # (B, steps+1, 1, 1)
     steps = times.shape[1] - 1
     known = torch.zeros_like(z[..., :1], dtype=torch.bool)                               # (B, T, 1)
     known = known if cond_mask is None else cond_mask.bool()[..., None]
@@ -116,9 +116,9 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
     z = torch.where(known, cond, z)
     x_prev = torch.zeros_like(z) if noisy_cond else torch.where(known, cond, 0.0)     # no guess yet
     for i in range(steps):
-        t, t_next = times[:, i], times[:, i + 1]                                            # (B,)
+        t, t_next = times[:, i], times[:, i + 1]                                        # (B, 1, 1)
         if watch:
-            watch(i, t, z)
+            watch(i, t.flatten(), z)
 
         # the SDE steps back towards noise, to the time that matches; the last step is always ODE
         if sampler != 'ode' and i < steps - 1:
@@ -128,19 +128,18 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
             if sampler == 'sde_exact':              # (a (1 - t))^2 + fresh^2 = (1 - a t)^2
                 fresh = ((1 - a) * (1 + a - 2 * a * t)).sqrt()
             t = a * t
-            a, fresh = a[:, None, None], fresh[:, None, None]
             z = torch.where(known, cond, a * z + fresh * c.noise_scale * noise)
         if noisy_cond:
-            s, noise = t[:, None, None], c.noise_scale * randn(z, generators)
-            z = torch.where(known, s * cond + (1 - s) * noise, z)
+            noise = c.noise_scale * randn(z, generators)
+            z = torch.where(known, t * cond + (1 - t) * noise, z)
 
-        x = predict(model, z, x_prev, t, w, cfg, known)
-        v = velocity(x, z, t[:, None, None], c.t_eps)
-        z = torch.where(known, cond, z + (t_next - t)[:, None, None] * v)
+        x = predict(model, z, x_prev, t.flatten(), w, cfg, known)
+        v = velocity(x, z, t, c.t_eps)
+        z = torch.where(known, cond, z + (t_next - t) * v)
         if c.self_cond_prob:        # a network that was never shown a guess is not fed one
             x_prev = torch.where(known, cond, x)
     if watch:
-        watch(steps, times[:, -1], z)
+        watch(steps, times[:, -1].flatten(), z)
     return z
 
 
@@ -194,7 +193,7 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, 
     """
     c, sampling = model.config, dict(sampling)
     steps, grid = sampling.pop('steps'), sampling.pop('grid')
-    is_prompt = given is not None and not c.max_input_length
+    conditions = given if c.max_input_length else None
     for batch in batched(numbers, batch_size):
         seeds = [row_seed(seed, i) for i in batch]
         generators = [torch.Generator(device).manual_seed(s) for s in seeds]
@@ -206,10 +205,10 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, 
         if given is not None:
             cond = encoder(ids.to(device), mask, mask)      # it sees what is known and nothing else
         z = generate(model, z, torch.stack(times), cond=cond, cond_mask=mask, generators=generators,
-                     watch=watch and partial(watch, batch), noisy_cond=is_prompt, **sampling)
+                     watch=watch and partial(watch, batch), noisy_cond=given is not conditions, **sampling)
         texts = read_texts(model, tokenizer, z, sampling['w'], ids, known)
         for i, (ids, _) in zip(batch, texts):
-            row = dict(id=i, input=given[i]) if c.max_input_length else dict(id=i)
+            row = dict(id=i, input=conditions[i]) if conditions else dict(id=i)
             yield row | dict(generated=tokenizer.decode(ids, skip_special_tokens=True), ids=ids)
 
 
@@ -239,14 +238,12 @@ def resolve_sampling(config, steps=-1, sampler='', gamma=-1, w=-1, cfg=-1, grid=
 
 
 if __name__ == '__main__':
-    # ---- what is given ---------------------------------------------------------------------------
+    # ---- read what is given ----------------------------------------------------------------------
     named = set()
     configure(globals(), given=named)
     if rank_and_world()[1] > 1:
         raise UserError("sample.py is one process: start it with python; "
                         "eval.py shares its texts among the ranks of a torchrun")
-    if len(named & {'input', 'input_file', 'prompt', 'infill'}) > 1:
-        raise UserError("give one of --input, --input_file, --prompt and --infill")
     check_writable('html', html)
     check_writable('svg', svg)
     device, bf16, about = start(device, dtype)
@@ -254,63 +251,47 @@ if __name__ == '__main__':
     c = model.config
     tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
     sampling = resolve_sampling(c, steps, sampler, gamma, w, cfg, grid)
-    conditions, given = [{}] * num_samples, None
-    if bool(named & {'input', 'input_file'}) != bool(c.max_input_length):
-        raise UserError(f"{source} is a model with{'' if c.max_input_length else 'out'} conditions, "
-                        'which are given as --input="..." or --input_file=x.jsonl')
-    if c.max_input_length:
-        conditions = read_conditions(input, input_file, tokenizer, c)
-        conditions *= num_samples if 'num_samples' in named else 1
-        given = [row['input'] for row in conditions]
-    elif sampling['cfg'] != 1:
-        raise UserError(f"cfg={sampling['cfg']} guides with a condition, and {source} is a model "
-                        "without: twice the passes for the same text; drop it")
-    elif named & {'prompt', 'infill'}:
-        given = read_prompt(prompt or infill, 'infill' in named, tokenizer, c)
-        print(f"prompt: {given[1].sum()} of {c.max_length} tokens are given")
+    settings = {name: globals()[name] for name in named}
+    given, tasks = read_given(settings, num_samples, source, tokenizer, c)
+    if sampling['cfg'] != 1 and not c.max_input_length:
+        raise UserError(f"cfg={sampling['cfg']}: {source} has no conditions to guide with; the "
+                        "texts would be the same for twice the work; drop it")
     encoder = given and TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
-
-    # ---- sample ----------------------------------------------------------------------------------
     make_out_dir(out_dir)
-    print(f"device: {about}")
-    print("sampling: " + ', '.join(f'{name}={x}' for name, x in sampling.items()))
+    facts = dict(model=source, device=about, seed=seed, length=c.max_length) | sampling
+    print(', '.join(f'{name}: {value}' for name, value in facts.items()))
     if not compile or not compile_in_place(model, device):
         pack_linears(model, bf16)
+
+    # ---- sample ----------------------------------------------------------------------------------
     frames, watched = [], moments(sampling['steps'], trace or (MOMENTS if html or svg else 0))
 
     def look(numbers, i, t, z):
         if numbers[0] == 0 and i in watched:
-            first = numbers[:8]
-            known = known_tokens(given, first, tokenizer, c)
+            known = known_tokens(given, numbers[:8], tokenizer, c)
             texts = read_texts(model, tokenizer, z[:8], sampling['w'], *known)
-            frames.append(make_frame(i, t, texts, conditions, tokenizer))
+            frames.append(make_frame(i, t, texts, tasks, tokenizer))
             if trace:
                 show(frames, sampling['steps'])
 
-    # ---- write: what is done stays, whatever ends the rest ---------------------------------------
-    for name in ('SIGTERM', 'SIGHUP'):
-        if hasattr(signal, name):       # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), signal.default_int_handler)
-    numbers, rows = range(len(conditions)), []
+    numbers, rows = range(len(tasks)), []
     texts = sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, given,
                          encoder, look)
-    quiet = True if trace and can_redraw() else None
+    bar = tqdm(texts, total=len(numbers), desc='texts', disable=trace and can_redraw() or None)
+    for name in {'SIGTERM', 'SIGHUP'} & set(dir(signal)):       # Windows has no SIGHUP
+        signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         with autocast(device, bf16):
-            for row in tqdm(texts, total=len(numbers), desc='texts', disable=quiet):
-                rows.append(row | conditions[row['id']])
+            for row in bar:
+                rows.append(row | tasks[row['id']])
+
+    # ---- write, whatever ended it: the texts that are done ---------------------------------------
     finally:
-        file = os.path.join(out_dir, 'samples.jsonl')
         if rows:
-            write_jsonl(file, rows)
-            print(f"{len(rows)} of {len(numbers)} texts in {file}")
-    right = [is_right(row['generated'], row['target']) for row in rows if 'target' in row]
-    facts = dict(model=source, seed=seed, device=about, texts=len(rows), length=c.max_length)
-    facts |= dict(prompt=prompt or infill) if prompt or infill else {}
-    facts |= {'equal to their target': f'{sum(right)} of {len(right)}'} if right else {}
+            write_jsonl(os.path.join(out_dir, 'samples.jsonl'), rows)
+            print(f"{len(rows)} of {len(numbers)} texts in {out_dir}/samples.jsonl")
     if html:
-        passes = sampling['steps'] * (1 if sampling['cfg'] == 1 else 2)
-        write_page(html, frames, facts | sampling | {'NFE (passes per text)': passes})
+        write_page(html, frames, facts)
         print(f"page: {html}")
     if svg:
         write_svg(svg, frames)
@@ -318,4 +299,8 @@ if __name__ == '__main__':
 
     # ---- show ------------------------------------------------------------------------------------
     for row in rows:
-        print(f"--- {row['id']}", *map(printable, row['generated'].split('\n')), sep='\n')
+        head = f"--- {row['id']}" + (f": {printable(row['input'])}" if 'input' in row else '')
+        print(head, *map(printable, row['generated'].split('\n')), sep='\n')
+        if 'target' in row:
+            right = is_right(row['generated'], row['target'])
+            print('right' if right else f"target: {printable(str(row['target']))}")

@@ -51,18 +51,18 @@ def token_texts(ids, tokenizer):
     return texts
 
 
-def make_frame(step, times, texts, conditions, tokenizer):
-    """Step, times, the pairs of read_texts and the dicts of their conditions -> frame."""
+def make_frame(step, times, texts, tasks, tokenizer):
+    """Step, times, the pairs of read_texts, for each text a dict, empty or of its task -> frame."""
     shown = []
-    for t, (ids, p), condition in zip(times.tolist(), texts, conditions):
+    for t, (ids, p), task in zip(times.tolist(), texts, tasks):
         said = tokenizer.decode(ids, skip_special_tokens=True)
-        shown.append(dict(condition, t=t, tokens=token_texts(ids, tokenizer), p=p,
-                          right=is_right(said, condition.get('target'))))
+        shown.append(dict(task, t=t, tokens=token_texts(ids, tokenizer), p=p,
+                          right='target' in task and is_right(said, task['target'])))
     return dict(step=step, texts=shown)
 
 
 def is_right(text, target):
-    return target is not None and text.split() == target.split()
+    return text.split() == str(target).split()
 
 
 def level(p):

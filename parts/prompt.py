@@ -17,38 +17,50 @@ def encode(text, tokenizer):
 
 def unknown_in(text, tokenizer, kind):
     """
-    What of a text the model does not know -> list of characters: its tokens do not give them back,
+    What of a text the model does not know -> characters, spaced: its tokens do not give them back,
     or the training texts (kind 'text', or their 'input') had none, where the tokenizer's config
     lists theirs, as text_characters or input_characters.
     """
     if spelled := [token for token in tokenizer.all_special_tokens if token in text]:
-        return spelled
+        return ' '.join(spelled)
     back = tokenizer.decode(encode(text, tokenizer), skip_special_tokens=True) + ' \t\n'
     trained = tokenizer.init_kwargs.get(f'{kind}_characters', text)
-    return [ch for ch in dict.fromkeys(text) if ch not in back or ch not in trained
-            or tokenizer.unk_token_id in encode(ch, tokenizer)]
+    return ' '.join(ch for ch in dict.fromkeys(text) if ch not in back or ch not in trained
+                    or tokenizer.unk_token_id in encode(ch, tokenizer))
 
 
-def read_conditions(text, file, tokenizer, c):
+def read_given(settings, num_samples, source, tokenizer, c):
     """
-    A condition, or those of a .jsonl file -> list of dicts with 'input' and perhaps 'target'.
-    UserError for a text of which the model knows a part only; of a file it is printed.
+    What is given of the texts of a model, source with the config c, by those settings of sample.py
+    that were set -> given for known_tokens; a task for each text: a dict with 'input' and perhaps
+    'target', empty without conditions. UserError for what the model does not know.
     """
-    rows = [dict(input=text)]
-    if file:
-        rows = [{k: row[k] for k in ('input', 'target') if k in row} for row in read_inputs(file)]
-    if wrong := [x for row in rows if not isinstance(x := row.get('target', ''), str)]:
-        raise UserError(f"{file}: a target is a text, {wrong[0]!r} is none; write it in quotes")
-    if unknown := unknown_in(' '.join(row['input'] for row in rows), tokenizer, 'input'):
-        says = f"{file or repr(text)} has what this model was not trained on: {' '.join(unknown)}"
+    names = settings.keys() & {'input', 'input_file', 'prompt', 'infill'}
+    if len(names) > 1:
+        raise UserError(f"{' and '.join(sorted(names))} exclude each other")
+    if c.max_input_length and not names & {'input', 'input_file'}:
+        raise UserError(f"{source} is a model with conditions; give --input=\"...\" "
+                        "or --input_file=x.jsonl")
+    if not c.max_input_length:
+        if names & {'input', 'input_file'}:
+            raise UserError(f"{source} is a model without conditions; drop --input and --input_file")
+        known = [read_prompt(settings[name], name == 'infill', tokenizer, c) for name in names]
+        return known[0] if known else None, [{}] * num_samples
+    file = settings.get('input_file')
+    rows = read_inputs(file) if file else [settings]
+    tasks = [{k: row[k] for k in ('input', 'target') if k in row} for row in rows]
+    texts = [task['input'] for task in tasks]
+    if unknown := unknown_in(' '.join(texts), tokenizer, 'input'):
+        says = f"{file or repr(texts[0])} has what this model was not trained on: {unknown}"
         if not file:
             raise UserError(says)
         print(says)
-    longest = 1 + max(len(encode(row['input'], tokenizer)) for row in rows)
+    longest = 1 + max(len(encode(text, tokenizer)) for text in texts)
     if longest > c.max_input_length:
-        print(f"the longest condition has {longest} tokens with its EOS: more than the "
-              f"{c.max_input_length} that this model reads; the rest is cut off")
-    return rows
+        print(f"the longest condition has {longest} tokens with its EOS; the model reads the first "
+              f"{c.max_input_length}, the rest is cut off")
+    times = settings.get('num_samples', 1)      # of each
+    return texts * times, tasks * times
 
 
 def read_prompt(text, holes, tokenizer, c):
@@ -67,7 +79,7 @@ def read_prompt(text, holes, tokenizer, c):
         known += [not hole] * len(new)
     written = re.sub('___+', '', text) if holes else text
     if unknown := unknown_in(written, tokenizer, 'text'):
-        raise UserError(f"{text!r} has what this model was not trained on: {' '.join(unknown)}")
+        raise UserError(f"{text!r} has what this model was not trained on: {unknown}")
     if not any(known):
         raise UserError(f"{text!r} gives no token to start from")
     if holes and all(known):
