@@ -205,7 +205,8 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, 
         if given is not None:
             cond = encoder(ids.to(device), mask, mask)      # it sees what is known and nothing else
         z = generate(model, z, torch.stack(times), cond=cond, cond_mask=mask, generators=generators,
-                     watch=watch and partial(watch, batch), noisy_cond=given is not conditions, **sampling)
+                     watch=watch and partial(watch, batch), noisy_cond=given is not conditions,
+                     **sampling)
         texts = read_texts(model, tokenizer, z, sampling['w'], ids, known)
         for i, (ids, _) in zip(batch, texts):
             row = dict(id=i, input=conditions[i]) if conditions else dict(id=i)

@@ -43,7 +43,8 @@ def read_given(settings, num_samples, source, tokenizer, c):
                         "or --input_file=x.jsonl")
     if not c.max_input_length:
         if names & {'input', 'input_file'}:
-            raise UserError(f"{source} is a model without conditions; drop --input and --input_file")
+            raise UserError(f"{source} is a model without conditions; "
+                            "drop --input and --input_file")
         known = [read_prompt(settings[name], name == 'infill', tokenizer, c) for name in names]
         return known[0] if known else None, [{}] * num_samples
     file = settings.get('input_file')
