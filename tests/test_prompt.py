@@ -85,18 +85,18 @@ def test_the_model_is_shown_a_prompt_in_noise(folder, letters):
     """What sample_texts asks of generate: clean latents would be all known from the first step."""
     model = ELF.from_pretrained(str(folder))
     c, encoder, calls = model.config, TextEncoder(model.config.encoder), []
-    ids, known = known = read_prompt('abcdefghijkl', False, letters, c)
-    cond, denoise = encoder(ids[None], known[1][None], known[1][None]), model.denoise
+    given = ids, known = read_prompt('abcdefghijkl', False, letters, c)
+    cond, denoise = encoder(ids[None], known[None], known[None]), model.denoise
 
     def noted(z, x_prev, t, w):
         calls.append((z, t[0]))
         return denoise(z, x_prev, t, w)
     model.denoise = noted
     sampling = resolve_sampling(c) | dict(grid='uniform', sampler='ode')
-    list(sample_texts(model, letters, range(8), 8, 5, CPU, sampling, known, encoder))
+    list(sample_texts(model, letters, range(8), 8, 5, CPU, sampling, given, encoder))
     assert len(calls) == 5
     for z, t in calls:
-        noise = (z - t * cond)[:, known[1]] / (1 - t) / c.noise_scale       # (8, 12, 16)
+        noise = (z - t * cond)[:, known] / (1 - t) / c.noise_scale          # (8, 12, 16)
         assert noise.std() == pytest.approx(1, abs=0.1) and noise.mean().abs() < 0.15
         assert noise.std(dim=0).mean() == pytest.approx(1, abs=0.2)         # each text its own
 
