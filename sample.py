@@ -193,7 +193,7 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, 
     """
     c, sampling = model.config, dict(sampling)
     steps, grid = sampling.pop('steps'), sampling.pop('grid')
-    conditions = given if c.max_input_length else None
+    conditions = given if c.max_input_length else None      # else what is given is a prompt
     for batch in batched(numbers, batch_size):
         seeds = [row_seed(seed, i) for i in batch]
         generators = [torch.Generator(device).manual_seed(s) for s in seeds]
@@ -241,7 +241,7 @@ def resolve_sampling(config, steps=-1, sampler='', gamma=-1, w=-1, cfg=-1, grid=
 if __name__ == '__main__':
     # ---- read what is given ----------------------------------------------------------------------
     named = set()
-    configure(globals(), given=named)
+    config = configure(globals(), given=named)
     if rank_and_world()[1] > 1:
         raise UserError("sample.py is one process: start it with python; "
                         "eval.py shares its texts among the ranks of a torchrun")
@@ -252,11 +252,10 @@ if __name__ == '__main__':
     c = model.config
     tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
     sampling = resolve_sampling(c, steps, sampler, gamma, w, cfg, grid)
-    settings = {name: globals()[name] for name in named}
-    given, tasks = read_given(settings, num_samples, source, tokenizer, c)
+    given, tasks = read_given(config, named, source, tokenizer, c)
     if sampling['cfg'] != 1 and not c.max_input_length:
-        raise UserError(f"cfg={sampling['cfg']}: {source} has no conditions to guide with; the "
-                        "texts would be the same for twice the work; drop it")
+        raise UserError(f"cfg={sampling['cfg']}: {source} has no conditions to guide with, the "
+                        "texts would be the same for twice the work; use --cfg=1")
     encoder = given and TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
     make_out_dir(out_dir)
     facts = dict(model=source, device=about, seed=seed, length=c.max_length) | sampling
@@ -279,8 +278,9 @@ if __name__ == '__main__':
     texts = sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, given,
                          encoder, look)
     bar = tqdm(texts, total=len(numbers), desc='texts', disable=trace and can_redraw() or None)
-    for name in {'SIGTERM', 'SIGHUP'} & set(dir(signal)):       # Windows has no SIGHUP
-        signal.signal(getattr(signal, name), signal.default_int_handler)
+    for name in ('SIGTERM', 'SIGHUP'):      # as Ctrl-C, unless nohup ignores it or Windows lacks it
+        if signal.getsignal(number := getattr(signal, name, signal.SIGTERM)) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     try:
         with autocast(device, bf16):
             for row in bar:

@@ -29,13 +29,13 @@ def unknown_in(text, tokenizer, kind):
                     or tokenizer.unk_token_id in encode(ch, tokenizer))
 
 
-def read_given(settings, num_samples, source, tokenizer, c):
+def read_given(config, named, source, tokenizer, c):
     """
-    What is given of the texts of a model, source with the config c, by those settings of sample.py
-    that were set -> given for known_tokens; a task for each text: a dict with 'input' and perhaps
+    What the settings of sample.py, config, of which those named were set, give of the texts of the
+    model source -> given for known_tokens; a task for each text: a dict with 'input' and perhaps
     'target', empty without conditions. UserError for what the model does not know.
     """
-    names = settings.keys() & {'input', 'input_file', 'prompt', 'infill'}
+    names = named & {'input', 'input_file', 'prompt', 'infill'}
     if len(names) > 1:
         raise UserError(f"{' and '.join(sorted(names))} exclude each other")
     if c.max_input_length and not names & {'input', 'input_file'}:
@@ -45,10 +45,10 @@ def read_given(settings, num_samples, source, tokenizer, c):
         if names & {'input', 'input_file'}:
             raise UserError(f"{source} is a model without conditions; "
                             "drop --input and --input_file")
-        known = [read_prompt(settings[name], name == 'infill', tokenizer, c) for name in names]
-        return known[0] if known else None, [{}] * num_samples
-    file = settings.get('input_file')
-    rows = read_inputs(file) if file else [settings]
+        known = [read_prompt(config[name], name == 'infill', tokenizer, c) for name in names]
+        return known[0] if known else None, [{}] * config['num_samples']
+    file = config['input_file']
+    rows = read_inputs(file) if file else [config]
     tasks = [{k: row[k] for k in ('input', 'target') if k in row} for row in rows]
     texts = [task['input'] for task in tasks]
     if unknown := unknown_in(' '.join(texts), tokenizer, 'input'):
@@ -60,7 +60,7 @@ def read_given(settings, num_samples, source, tokenizer, c):
     if longest > c.max_input_length:
         print(f"the longest condition has {longest} tokens with its EOS; the model reads the first "
               f"{c.max_input_length}, the rest is cut off")
-    times = settings.get('num_samples', 1)      # of each
+    times = config['num_samples'] if 'num_samples' in named else 1
     return texts * times, tasks * times
 
 

@@ -228,7 +228,7 @@ def test_what_is_given_is_in_every_text(arg, text, run, folder, tmp_path):
     (['--prompt=abcdefghijklm'], "takes 13 tokens, a text of this model has 13, .*; shorten it"),
     (['--infill=abc___________'], 'takes 14 tokens'),
     (['--prompt=a', '--cfg=2'], 'cfg=2.0: .* has no conditions to guide with'),
-    (['--cfg=2'], 'has no conditions to guide with; the texts would be the same for twice'),
+    (['--cfg=2'], 'has no conditions to guide with, the texts would be the same for twice'),
     (['--input=ab'], 'is a model without conditions; drop --input'),
     (['--input_file=none.jsonl'], 'is a model without conditions; drop --input')])
 def test_what_is_refused(args, says, run, folder, tmp_path):
