@@ -243,7 +243,8 @@ def run_config_file(arg, script):
 def configure(g, argv=None, given=None):
     """
     Override the settings in g, the globals of a script -> dict of all settings. given: a set that
-    takes the names that were set. UserError for anything unknown, of another type or out of range.
+    takes the names that were set. UserError for anything unknown, of another type or out of range,
+    or that nothing would read: READ_WITH in g says what a setting needs, 'other' or 'other=value'.
     """
     sys.excepthook = one_line_errors
     open_streams()
@@ -275,8 +276,13 @@ def configure(g, argv=None, given=None):
                 raise UserError(f"{arg}: unknown setting {name!r}; {hint}")
             g[name] = check_value(g, name, value, arg)
             given.add(name)
-    changed = [f"{name}={g[name]!r}" for name, (default, _) in settings.items()
-               if g[name] != default]
+    changed = {name: f"{name}={g[name]!r}" for name, (default, _) in settings.items()
+               if g[name] != default}
+    for name, reader in g.get('READ_WITH', {}).items():
+        other, _, value = reader.partition('=')
+        if name in changed and (g[other] != value if value else not g[other]):
+            raise UserError(f"{changed[name]} is read only with {reader}; "
+                            f"leave it at {settings[name][0]!r}")
     if changed and rank_and_world()[0] == 0:
-        print('settings: ' + ', '.join(changed))
+        print('settings: ' + ', '.join(changed.values()))
     return {name: g[name] for name in settings}
