@@ -260,7 +260,7 @@ if __name__ == '__main__':
     make_out_dir(out_dir)
     facts = dict(model=source, device=about, seed=seed, length=c.max_length) | sampling
     print(', '.join(f'{name}: {value}' for name, value in facts.items()))
-    if not compile or not compile_in_place(model, device):
+    if not compile or not compile_in_place(model, device=device):
         pack_linears(model, bf16)
 
     # ---- sample ----------------------------------------------------------------------------------
