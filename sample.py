@@ -266,7 +266,7 @@ if __name__ == '__main__':
     # ---- sample ----------------------------------------------------------------------------------
     frames, watched = [], moments(sampling['steps'], trace or (MOMENTS if html or svg else 0))
 
-    def look(numbers, i, t, z):
+    def take_frame(numbers, i, t, z):
         if numbers[0] == 0 and i in watched:
             known = known_tokens(given, numbers[:8], tokenizer, c)
             texts = read_texts(model, tokenizer, z[:8], sampling['w'], *known)
@@ -276,7 +276,7 @@ if __name__ == '__main__':
 
     numbers, rows = range(len(tasks)), []
     texts = sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, given,
-                         encoder, look)
+                         encoder, take_frame)
     bar = tqdm(texts, total=len(numbers), desc='texts', disable=trace and can_redraw() or None)
     for name in ('SIGTERM', 'SIGHUP'):      # as Ctrl-C, unless nohup ignores it or Windows lacks it
         if signal.getsignal(number := getattr(signal, name, signal.SIGTERM)) == signal.SIG_DFL:

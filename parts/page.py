@@ -16,8 +16,8 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError
 from parts.data import printable, to_json
+from parts.process import UserError
 
 MOMENTS = 48            # frames of a page; of an SVG, which loops, half of them
 
@@ -56,8 +56,9 @@ def make_frame(step, times, texts, tasks, tokenizer):
     shown = []
     for t, (ids, p), task in zip(times.tolist(), texts, tasks):
         said = tokenizer.decode(ids, skip_special_tokens=True)
-        shown.append(dict(task, t=t, tokens=token_texts(ids, tokenizer), p=p,
-                          right='target' in task and is_right(said, task['target'])))
+        right = 'target' in task and is_right(said, task['target'])
+        shown.append(dict(task, t=t, tokens=token_texts(ids, tokenizer), right=right,
+                          p=[round(x, 3) for x in p]))
     return dict(step=step, texts=shown)
 
 

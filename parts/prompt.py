@@ -5,8 +5,8 @@ import re
 
 import torch
 
-from configurator import UserError
 from parts.data import cut_at_eos, read_inputs
+from parts.process import UserError
 
 
 def encode(text, tokenizer):
