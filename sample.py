@@ -109,9 +109,9 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
     c, B = model.config, len(z)
     times = times.to(z).expand(B, -1)[..., None, None]                          # (B, steps+1, 1, 1)
     steps = times.shape[1] - 1
-    known = torch.zeros_like(z[..., :1], dtype=torch.bool)                               # (B, T, 1)
-    known = known if cond_mask is None else cond_mask.bool()[..., None]
-    cond = torch.zeros_like(z) if cond is None else cond
+    if cond is None:
+        cond, cond_mask = torch.zeros_like(z), torch.zeros_like(z[..., 0])
+    known = cond_mask.bool()[..., None]                                                  # (B, T, 1)
     w = torch.full((B,), float(w), device=z.device)
     z = torch.where(known, cond, z)
     x_prev = torch.zeros_like(z) if noisy_cond else torch.where(known, cond, 0.0)     # no guess yet
@@ -201,9 +201,8 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, 
         z = torch.empty(len(batch), c.max_length, c.latent_dim, device=device)
         z = c.noise_scale * randn(z, generators)
         ids, known = known_tokens(given, batch, tokenizer, c)
-        cond, mask = None, known.to(device)
-        if given is not None:
-            cond = encoder(ids.to(device), mask, mask)      # it sees what is known and nothing else
+        mask = known.to(device)         # what is known is all that the encoder sees
+        cond = encoder(ids.to(device), mask, mask) if given else None
         z = generate(model, z, torch.stack(times), cond=cond, cond_mask=mask, generators=generators,
                      watch=watch and partial(watch, batch), noisy_cond=given is not conditions,
                      **sampling)
