@@ -17,16 +17,18 @@ def encode(text, tokenizer):
 
 def unknown_in(text, tokenizer, kind):
     """
-    What of a text the model does not know -> characters, spaced: its tokens do not give them back,
-    or the training texts (kind 'text', or their 'input') had none, where the tokenizer's config
-    lists theirs, as text_characters or input_characters.
+    What of a text the model does not know -> characters, or words, spaced: its tokens do not give
+    them back, or the training texts (kind 'text', or their 'input') had none, where the tokenizer's
+    config lists theirs, as text_characters or input_characters.
     """
-    if spelled := [token for token in tokenizer.all_special_tokens if token in text]:
-        return ' '.join(spelled)
-    back = tokenizer.decode(encode(text, tokenizer), skip_special_tokens=True) + ' \t\n'
+    ids, unk = encode(text, tokenizer), tokenizer.unk_token_id
+    back = tokenizer.decode(ids, skip_special_tokens=True) + ' \t\n'
     trained = tokenizer.init_kwargs.get(f'{kind}_characters', text)
-    return ' '.join(ch for ch in dict.fromkeys(text) if ch not in back or ch not in trained
-                    or tokenizer.unk_token_id in encode(ch, tokenizer))
+    found = [token for token in tokenizer.all_special_tokens if token in text]      # spelled out
+    found = found or [ch for ch in dict.fromkeys(text) if ch not in back or ch not in trained]
+    if not found and unk in ids:
+        found = [part for part in re.findall(r'\S+|\s', text) if unk in encode(part, tokenizer)]
+    return ' '.join(found)
 
 
 def read_given(config, named, source, tokenizer, c):

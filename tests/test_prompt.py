@@ -199,6 +199,12 @@ def test_what_the_training_text_never_had(letters, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert unknown_in('ab A中7\n', tokenizer, 'text') == 'A 中 \n'
     assert unknown_in('4071', tokenizer, 'input') == '' and unknown_in('4b a', tokenizer, 'input')
+    # of words, or letters without a line break, all that is unknown
+    assert unknown_in('ab\nc', letters, 'text') == '\n'
+    words = Tokenizer(models.WordLevel(dict(zip(names.values(), range(3)), ab=3, ba=4), '<unk>'))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = PreTrainedTokenizerFast(tokenizer_object=words, **names)
+    assert [unknown_in(x, words, 'text') for x in ('ab ba', 'ab bb', 'ab c')] == ['', 'bb', 'c']
     every.normalizer = normalizers.Lowercase()
     lower = PreTrainedTokenizerFast(tokenizer_object=every, **names)
     assert unknown_in('The Ü', lower, 'text') == 'T Ü' and unknown_in('中 e', lower, 'text') == ''
