@@ -15,6 +15,7 @@ import json
 import mmap
 import os
 import re
+import shutil
 import sys
 import tempfile
 
@@ -22,8 +23,7 @@ import numpy as np
 import torch
 
 from model import ELF, ELFConfig
-from parts.checkpoint import (carry, find_checkpoint, is_jax, load_checkpoint, read_settings,
-                              same_files)
+from parts.checkpoint import carry, find_checkpoint, is_jax, load_checkpoint, read_settings
 from parts.official import (OFFICIAL_SETTINGS, PUBLISHED_SIZES, check_fit, from_official_names,
                             read_sizes, to_official_names)
 
@@ -203,50 +203,48 @@ def write_official(folder, params, ema, step, epoch, config, source='the weights
     """
     Weights under official names and an ELFConfig -> folder/checkpoint_<step> (the path returned),
     config.yml, model.safetensors with the EMA, tokenizer/ and encoder/ if they are no hub ids. All
-    is written aside, then renamed; on any error, a UserError, nothing is left behind.
+    or nothing: written aside, then renamed. UserError. source: the weights' name in it.
     """
     from safetensors.torch import save_file
     with torch.device('meta'):
         want = ELF(config).state_dict()
     for name, state in dict(ema_params1=ema, params=params).items():
         check_fit(want, from_official_names(state), f"{source} ({name})")
-    path, new = os.path.join(folder, f'checkpoint_{step}'), not os.path.isdir(folder)
+    names = ('config.yml', 'model.safetensors', f'checkpoint_{step}')
+    config_path, _, path = (os.path.join(folder, name) for name in names)
+    new = not os.path.lexists(folder)
     try:
         os.makedirs(folder, exist_ok=True)
+        if os.path.lexists(path):
+            raise UserError(f"{path} exists already and is not overwritten; "
+                            "remove it or choose another folder")
+        text = config_text(carry(config, folder)).encode()
+        if os.path.exists(config_path) and read_bytes(config_path) != text:
+            raise UserError(f"{config_path} exists already with other settings; "
+                            "choose another folder")
         with tempfile.TemporaryDirectory(prefix='.tmp_', dir=folder) as aside:
-            config = carry(config, aside)
-            with open(os.path.join(aside, 'config.yml'), 'w', encoding='utf-8') as f:
-                f.write(config_text(config))
+            with open(os.path.join(aside, 'config.yml'), 'wb') as f:
+                f.write(text)
             save_file(ema, os.path.join(aside, 'model.safetensors'))
-            with open(os.path.join(aside, f'checkpoint_{step}'), 'wb') as f:
+            with open(os.path.join(aside, names[-1]), 'wb') as f:
                 torch.save(dict(params=params, ema_params1=ema, opt_state=new_optimizer(params),
                                 step=step, epoch=epoch), f)
                 f.flush()
                 os.fsync(f.fileno())
-            move_into(folder, aside)
-    except (OSError, RuntimeError) as e:        # a full disk is a RuntimeError inside torch.save
+            for name in names:
+                os.replace(os.path.join(aside, name), os.path.join(folder, name))
+    except (OSError, RuntimeError, UserError) as e:     # torch.save: a full disk is a RuntimeError
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(e, UserError):
+            raise
         raise UserError(f"could not write {path}: {str(e).splitlines()[0]}") from None
-    finally:
-        if new and os.path.isdir(folder) and not os.listdir(folder):
-            os.rmdir(folder)
     return path
 
 
-def move_into(folder, aside):
-    """
-    Rename what lies aside into the folder, the checkpoint last. It may hold other steps of the same
-    model; UserError if it holds anything else by these names.
-    """
-    names = sorted(os.listdir(aside), key=lambda name: name.startswith('checkpoint_'))
-    there = [n for n in names if os.path.lexists(os.path.join(folder, n))]
-    for name in there:
-        new, old = os.path.join(aside, name), os.path.join(folder, name)
-        if name.startswith('checkpoint_') or (name != 'model.safetensors'
-                                              and not same_files(new, old)):
-            raise UserError(f"{old} exists already and is not overwritten; choose another folder")
-    for name in names:
-        if name not in there or name == 'model.safetensors':
-            os.replace(os.path.join(aside, name), os.path.join(folder, name))
+def read_bytes(path):
+    with open(path, 'rb') as f:
+        return f.read()
 
 # -------------------------------------------------------------------------------------------------
 

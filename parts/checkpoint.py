@@ -260,7 +260,7 @@ def carry(c, out_dir):
             os.chmod(aside, 0o755)      # the source may be read-only
             if not os.path.exists(there):
                 os.replace(aside, there)
-            elif not same_files(aside, there):
+            elif any(filecmp.cmpfiles(aside, there, files_in(aside), shallow=False)[1:]):
                 raise UserError(f"{there} is another {part} than {source}; "
                                 "choose another folder, or move it away")
         except OSError as e:
@@ -271,13 +271,10 @@ def carry(c, out_dir):
     return replace(c, **names)
 
 
-def same_files(a, b):
-    """Whether two files, or two folders of files, hold the same."""
-    if not os.path.isdir(a):
-        return filecmp.cmp(a, b, shallow=False)
-    names = sorted(os.listdir(a))
-    differ = filecmp.cmpfiles(a, b, names, shallow=False)[1:]
-    return names == sorted(os.listdir(b)) and not any(differ)
+def files_in(folder):
+    """Paths of all files in a folder, from there, as the hub lists those of a repository."""
+    paths = glob.glob('**', root_dir=folder, recursive=True)
+    return [path for path in paths if os.path.isfile(os.path.join(folder, path))]
 
 
 def find_parts(settings, path, ckpt):
@@ -368,8 +365,7 @@ def download(repo, inside, source):
             names, cached = HfApi().list_repo_files(repo), False
         except Exception:       # see from_hub; if the cache has nothing, this is still the reason
             folder = snapshot_download(repo, local_files_only=True)
-            names, cached = glob.glob('**', root_dir=folder, recursive=True), True
-            names = [n for n in names if os.path.isfile(os.path.join(folder, n))]
+            names, cached = files_in(folder), True
             source += ", as far as the cache has it, and the hub cannot be asked"
         name = choose(names, inside, source)
         beside = name[:-len(os.path.basename(name))]

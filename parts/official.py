@@ -144,12 +144,13 @@ def read_yml(file, size):
 def to_type(key, value, default):
     """The value as the type of default, if that keeps it: PyYAML reads 5e-2 as text. ValueError."""
     kind = type(default)
-    if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
+    wrong = isinstance(value, bool) or (kind is str and not isinstance(value, str))
+    if not wrong and kind is not str:
+        value = float(value)
+        wrong = not math.isfinite(value) or (kind is int and value % 1)
+    if wrong:
         raise ValueError(f"{key}: {value!r} is not of type {kind.__name__}")
-    number = 0.0 if kind is str else float(value)
-    if not math.isfinite(number) or (kind is int and number % 1):
-        raise ValueError(f"{key}: {value!r} is not of type {kind.__name__}")
-    return value if kind is str else kind(number)
+    return kind(value)
 
 
 def read_sampling(official, size):
