@@ -205,6 +205,7 @@ def write_official(folder, params, ema, step, epoch, config, source='the weights
     config.yml, model.safetensors with the EMA, tokenizer/ and encoder/ if they are no hub ids. All
     or nothing: written aside, then renamed. UserError. source: the weights' name in it.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     with torch.device('meta'):
         want = ELF(config).state_dict()
@@ -233,7 +234,7 @@ def write_official(folder, params, ema, step, epoch, config, source='the weights
                 os.fsync(f.fileno())
             for name in names:
                 os.replace(os.path.join(aside, name), os.path.join(folder, name))
-    except (OSError, RuntimeError, UserError) as e:     # torch.save: a full disk is a RuntimeError
+    except (OSError, RuntimeError, SafetensorError, UserError) as e:    # three for a full disk
         if new:
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(e, UserError):

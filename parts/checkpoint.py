@@ -360,19 +360,21 @@ def download(repo, inside, source):
     Without a network, what the cache has. UserError.
     """
     from huggingface_hub import HfApi, snapshot_download
+    folder = None
     with from_hub('no checkpoint', source):
         try:
-            names, cached = HfApi().list_repo_files(repo), False
-        except Exception:       # see from_hub; if the cache has nothing, this is still the reason
-            folder = snapshot_download(repo, local_files_only=True)
-            names, cached = files_in(folder), True
+            names = HfApi().list_repo_files(repo)
+        except Exception:       # one of many kinds; if the cache has nothing, from_hub tells it
+            # [] asks for no file, only for the folder
+            folder = snapshot_download(repo, allow_patterns=[], local_files_only=True)
+            names = files_in(folder)
             source += ", as far as the cache has it, and the hub cannot be asked"
         name = choose(names, inside, source)
-        beside = name[:-len(os.path.basename(name))]
-        folders = tuple(f'{folder}/' for folder in (name, *(beside + part for part in PARTS)))
-        wanted = [n for n in names if n in (name, f'{beside}config.yml') or n.startswith(folders)]
-        wanted = [glob.escape(n) for n in wanted]       # they are taken as patterns
-        folder = snapshot_download(repo, allow_patterns=wanted, local_files_only=cached)
+        if not folder:
+            beside = name[:-len(os.path.basename(name))]
+            wanted = [name, beside + 'config.yml']
+            wanted += [f'{at}/*' for at in (name, *(beside + part for part in PARTS))]
+            folder = snapshot_download(repo, allow_patterns=wanted)
     return os.path.join(folder, name)
 
 
