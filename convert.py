@@ -175,7 +175,7 @@ def read_lightning(path, ckpt):
 def config_text(c):
     """An ELFConfig as the text of an official config.yml, its samplers as sampling_configs."""
     import yaml
-    size = PUBLISHED_SIZES.get((c.n_layer, c.n_embd))
+    size = PUBLISHED_SIZES.get((c.n_layer, c.n_embd, c.n_head))
     official = {'model': size} if size else {}
     for key, (name, default) in OFFICIAL_SETTINGS.items():
         if key != 'gelu' or c.gelu != default:      # not a setting of theirs
