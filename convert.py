@@ -33,16 +33,19 @@ from parts.official import (OFFICIAL_SETTINGS, PUBLISHED_SIZES, check_fit, from_
 # -------------------------------------------------------------------------------------------------
 # in: JAX
 
-def from_flax(tree, prefix=''):
+def flatten(tree, prefix=''):
+    """Nested dicts -> {names joined by dots: what is no dict}."""
+    flat = {}
+    for name, x in tree.items():
+        flat |= flatten(x, f'{prefix}{name}.') if isinstance(x, dict) else {f'{prefix}{name}': x}
+    return flat
+
+
+def from_flax(tree):
     """Nested or flat flax names and arrays -> official names, float32, kernels as (out, in)."""
     state = {}
-    for name, x in tree.items():
-        name = prefix + re.sub(r'(^|\.)blocks_(\d+)(?=\.|$)', r'\1blocks.\2', str(name))
-        if isinstance(x, dict):
-            state |= from_flax(x, name + '.')
-            continue
-        if not isinstance(x, np.ndarray):
-            raise ValueError(f"{name} is a {type(x).__name__}, not an array")
+    for name, x in flatten(tree).items():
+        name = re.sub(r'(^|\.)blocks_(\d+)\.', r'\1blocks.\2.', name)
         x = torch.from_numpy(np.array(x, dtype=np.float32))     # a copy: the file's is read-only
         if name.endswith('.kernel'):
             name = name.removesuffix('kernel') + 'weight'
@@ -127,23 +130,12 @@ def read_torch(path):
     return kept
 
 
-def flatten(tree, prefix=''):
-    """Nested dicts -> {names joined by dots: tensor}."""
-    flat = {}
-    for name, x in tree.items():
-        if isinstance(x, dict):
-            flat |= flatten(x, f'{prefix}{name}.')
-        elif isinstance(x, torch.Tensor):
-            flat[f'{prefix}{name}'] = x
-    return flat
-
-
 def read_lightning(path, ckpt):
     """
     Each place with a t_emb_tokens is a network; one with ema in its name is the EMA.
     Ugness/elf-torch has them in state_dict.model. and ema.shadow.
     """
-    flat = flatten(ckpt)
+    flat = {name: x for name, x in flatten(ckpt).items() if isinstance(x, torch.Tensor)}
     places = [name.removesuffix('t_emb_tokens') for name in flat if name.endswith('t_emb_tokens')]
     if not places:
         raise UserError(f"{path} holds no ELF weights: no name ends in t_emb_tokens; "

@@ -108,7 +108,10 @@ def newest_checkpoint(out_dir):
 def check_readable(path):
     """UserError if a file or folder cannot be opened: no permission, a link to nothing."""
     try:
-        os.listdir(path) if os.path.isdir(path) else open(path, 'rb').close()
+        if os.path.isdir(path):
+            os.listdir(path)
+        else:
+            open(path, 'rb').close()
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
 
@@ -272,7 +275,7 @@ def carry(c, out_dir):
 
 
 def files_in(folder):
-    """Paths of all files in a folder, from there, as the hub lists those of a repository."""
+    """Paths of all files in a folder, relative to it, as the hub lists those of a repository."""
     paths = glob.glob('**', root_dir=folder, recursive=True)
     return [path for path in paths if os.path.isfile(os.path.join(folder, path))]
 
@@ -290,17 +293,22 @@ def find_parts(settings, path, ckpt):
             continue        # a hub id, or a folder that the user named
         if os.path.isdir(beside):
             found[part] = beside
-            continue
-        to_do = f"copy it from where the model was trained to {beside}"
-        if name == part or not os.path.isdir(name):
-            raise UserError(f"{path} needs its {part}, and {name} is not there; {to_do}")
-        made_again = os.path.join(os.path.dirname(name), 'meta.json')
-        if 'data' in ckpt and os.path.exists(made_again):
-            with open(made_again, encoding='utf-8') as f:
-                if json.load(f)['checksums'] != ckpt['data']['checksums']:
-                    raise UserError(f"{path} needs its {part}, but {os.path.dirname(name)} was "
-                                    f"prepared again since; if you still have it, {to_do}")
+        elif name == part or not os.path.isdir(name):
+            raise UserError(f"{path} needs its {part}, and {name} is not there; copy it from where "
+                            f"the model was trained to {beside}")
+        elif 'data' in ckpt and ckpt['data']['checksums'] != checksums_beside(name):
+            raise UserError(f"{path} needs its {part}, but {os.path.dirname(name)} was prepared "
+                            f"again since; if you still have the old one, copy it to {beside}")
     return found
+
+
+def checksums_beside(folder):
+    """Those of the bins that a tokenizer or encoder was made with -> dict, None if unknown."""
+    try:
+        with open(os.path.join(os.path.dirname(folder), 'meta.json'), encoding='utf-8') as f:
+            return json.load(f)['checksums']
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 # -------------------------------------------------------------------------------------------------
 # where: a file, a folder, the hub
@@ -364,7 +372,7 @@ def download(repo, inside, source):
     with from_hub('no checkpoint', source):
         try:
             names = HfApi().list_repo_files(repo)
-        except Exception:       # one of many kinds; if the cache has nothing, from_hub tells it
+        except Exception:       # of many kinds; from_hub tells it, if the cache has nothing, either
             # [] asks for no file, only for the folder
             folder = snapshot_download(repo, allow_patterns=[], local_files_only=True)
             names = files_in(folder)

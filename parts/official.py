@@ -142,8 +142,8 @@ def settings_from_yml(file):
     model = official.get('model', 'ELF-B')
     sizes = {name: numbers for numbers, name in PUBLISHED_SIZES.items()}
     if model not in sizes or 'teacher_path' in official:
-        raise UserError(f"{file}: model {model!r} is not one of {', '.join(sizes)}, or is distilled "
-                        "(see config/owt_elf_b_pd.py)")
+        raise UserError(f"{file}: model {model!r} is not one of {', '.join(sizes)}, or it is a "
+                        "student; for students see config/owt_elf_b_pd.py")
     rows, blr = settings.pop('rows'), settings.pop('blr')
     batch_size = math.gcd(rows, 64)
     for name in ('latent_mean', 'latent_std', 'gelu', 'by_steps'):      # the bins', the weights'

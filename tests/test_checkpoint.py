@@ -439,7 +439,7 @@ def test_carry(bins, tmp_path):
 
 
 def test_carry_takes_what_is_read(bins, tmp_path):
-    """A folder of one's own that is both; read-only, with links, and weights of other frameworks."""
+    """One read-only folder that is both, with links, and weights of another framework."""
     t5 = tmp_path / 't5'
     for part in ('tokenizer', 'encoder'):
         shutil.copytree(bins / 'tiny' / part, t5, dirs_exist_ok=True)
@@ -537,6 +537,8 @@ def test_a_missing_key_is_the_default_of_their_class(tmp_path):
 
 
 SDE = dict(sampler='sde', w=3.0, cfg=1.0)
+OF_SIZE_B, OF_SIZE_M, OF_SIZE_L = ({k: asdict(c)[k] for k in ('n_layer', 'n_embd', 'n_head')}
+                                   for c in MODELS.values())
 CONDITIONAL = dict(sampler='ode', steps=64, gamma=0.0, w=1.0, cfg=2.0, by_steps={})
 UNCOND = 'sampling_configs_path: src/configs/sampling_configs/uncond_sampling_configs.yml\n'
 FEW = {4: {}, 2: {}, 1: {}, 16: dict(gamma=2.0, w=2.0), 32: dict(gamma=2.0, w=2.0)}
@@ -550,9 +552,9 @@ self_cond_cfg_scales: [2], time_schedule: logit_normal}
 
 
 @pytest.mark.parametrize('text, sizes, want', [
-    (UNCOND, dict(n_layer=12, n_embd=768, n_head=12), SDE | dict(steps=32, gamma=1.5, by_steps=OF_B)),
-    (UNCOND, dict(n_layer=24, n_embd=1056, n_head=16), SDE | dict(steps=64, gamma=1.0, by_steps=OF_M)),
-    (UNCOND, dict(n_layer=32, n_embd=1280, n_head=16), SDE | dict(steps=64, gamma=1.0, by_steps=OF_M)),
+    (UNCOND, OF_SIZE_B, SDE | dict(steps=32, gamma=1.5, by_steps=OF_B)),
+    (UNCOND, OF_SIZE_M, SDE | dict(steps=64, gamma=1.0, by_steps=OF_M)),
+    (UNCOND, OF_SIZE_L, SDE | dict(steps=64, gamma=1.0, by_steps=OF_M)),
     ('max_input_length: 1024', {}, CONDITIONAL),
     ('sampling_configs_path: x/cond_sampling_configs.yml', {}, CONDITIONAL),
     ('teacher_path: x', {}, dict(sampler='sde', steps=8, gamma=1.5, w=2.5, cfg=1.0, by_steps=FEW)),

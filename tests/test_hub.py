@@ -47,8 +47,8 @@ for line in sys.stdin:
 '''
 SIZES = dict(n_layer=1, n_embd=16, n_head=2, vocab_size=30, latent_dim=16, bottleneck=4,
              max_length=13, latent_std=1.0, encoder='org/t5', tokenizer='org/t5')
-KINDS = dict(elf='model', runs='model', own='model', t5='model', gpt2='model', lightning='model', jax='model',
-             ids='dataset')
+KINDS = dict(elf='model', runs='model', own='model', t5='model', gpt2='model', ids='dataset',
+             lightning='model', jax='model')
 XSUM = 'embedded-language-flows/xsum_{}_t5'
 
 
