@@ -1,7 +1,7 @@
 """
 Settings from Python config files and the command line, left to right:
 
-    python train.py config/pydocs.py --batch_size=32 --compile=true
+    python train.py config/demo.py --batch_size=32 --compile=true
 
 A script's settings are its top-level assignments of a number, text or true/false;
 configure(globals()) overrides them and returns them as a dict. --help prints them with their
@@ -212,10 +212,10 @@ def check_value(g, name, value, where):
         return value
     low = -1e15 if name in g.get('MAY_BE_NEGATIVE', ()) else int(name in g.get('AT_LEAST_1', ()))
     high = 1 if name in g.get('AT_MOST_1', ()) else 1e15
-    above = name in g.get('ABOVE_0', ())
-    if not low <= value <= high or above and not value:         # nan is not, either
-        raise UserError(f"{shown} must lie between {low:g} and {high:g}{', above 0' * above} "
-                        f"(default: {default!r})")
+    above_0 = name in g.get('ABOVE_0', ())
+    if not low <= value <= high or above_0 and value == 0:      # nan is not, either
+        raise UserError(f"{shown} must lie between {low:g}{', itself excluded,' * above_0} and "
+                        f"{high:g} (default: {default!r})")
     return value
 
 
@@ -243,7 +243,8 @@ def run_config_file(arg, script):
 def configure(g, argv=None, given=None):
     """
     Override the settings in g, the globals of a script -> dict of all settings. given: a set that
-    takes the names that were set. UserError for anything unknown, of another type or out of range.
+    takes the names that were set. UserError for anything unknown, of another type or out of range,
+    or that nothing would read: READ_WITH in g says what a setting needs, 'other' or 'other=value'.
     """
     sys.excepthook = one_line_errors
     open_streams()
@@ -275,8 +276,13 @@ def configure(g, argv=None, given=None):
                 raise UserError(f"{arg}: unknown setting {name!r}; {hint}")
             g[name] = check_value(g, name, value, arg)
             given.add(name)
-    changed = [f"{name}={g[name]!r}" for name, (default, _) in settings.items()
-               if g[name] != default]
+    changed = {name: f"{name}={g[name]!r}" for name, (default, _) in settings.items()
+               if g[name] != default}
+    for name, reader in g.get('READ_WITH', {}).items():
+        other, _, value = reader.partition('=')
+        if name in changed and (g[other] != value if value else not g[other]):
+            raise UserError(f"{changed[name]} is read only with {reader}; "
+                            f"leave it at {settings[name][0]!r}")
     if changed and rank_and_world()[0] == 0:
-        print('settings: ' + ', '.join(changed))
+        print('settings: ' + ', '.join(changed.values()))
     return {name: g[name] for name in settings}
