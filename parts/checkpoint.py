@@ -326,19 +326,19 @@ def find_parts(settings, path, ckpt):
         elif name == part or not os.path.isdir(name):
             raise UserError(f"{path} needs its {part}, and {name} is not there; copy it from where "
                             f"the model was trained to {beside}")
-        elif 'data' in ckpt and ckpt['data']['checksums'] != checksums_beside(name):
+        elif is_prepared_again(os.path.dirname(name), ckpt):
             raise UserError(f"{path} needs its {part}, but {os.path.dirname(name)} was prepared "
                             f"again since; if you still have the old one, copy it to {beside}")
     return found
 
 
-def checksums_beside(folder):
-    """Those of the bins that a tokenizer or encoder was made with -> dict, None if unknown."""
+def is_prepared_again(folder, ckpt):
+    """Whether a set has other bins than those of a checkpoint, as far as both are known."""
     try:
-        with open(os.path.join(os.path.dirname(folder), 'meta.json'), encoding='utf-8') as f:
-            return json.load(f)['checksums']
+        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
+            return json.load(f)['checksums'] != ckpt['data']['checksums']
     except (OSError, ValueError, LookupError, TypeError):
-        return None
+        return False
 
 # -------------------------------------------------------------------------------------------------
 # where: a file, a folder, the hub
