@@ -91,8 +91,7 @@ def read_orbax(folder):
     refuse_links_outside(root, os.path.realpath(repo))
     with open(os.path.join(root, '_METADATA'), encoding='utf-8') as f:
         meta = json.load(f)
-    driver = 'zarr3' if meta.get('use_zarr3') else 'zarr'
-    opening = {}
+    driver, ckpt = 'zarr3' if meta.get('use_zarr3') else 'zarr', {}
     for entry in meta['tree_metadata'].values():
         name = '.'.join(str(part['key']) for part in entry['key_metadata'])
         if not re.match(r'(params|ema_params1)\.|(step|epoch)$', name):
@@ -100,16 +99,12 @@ def read_orbax(folder):
         if not re.fullmatch(r'\w+(\.\w+)*', name):
             raise ValueError(f"{name!r} is no name of an array")
         store = dict(driver='ocdbt', base=f'file://{root}/', path=f'{name}/')
-        opening[name] = ts.open(dict(driver=driver, kvstore=store), open=True, read=True)
-    reading = {name: array.result().read() for name, array in opening.items()}     # all at once
-    ckpt = {}
-    for name, array in reading.items():
+        array = ts.open(dict(driver=driver, kvstore=store), open=True, read=True).result()
         part, _, name = name.partition('.')
-        x = np.asarray(array.result())
         if name:
-            ckpt.setdefault(part, {})[name] = x
+            ckpt.setdefault(part, {})[name] = np.asarray(array.read().result())
         else:
-            ckpt[part] = int(x)
+            ckpt[part] = int(array.read().result())
     return {k: from_flax(x) if isinstance(x, dict) else x for k, x in ckpt.items()}
 
 # -------------------------------------------------------------------------------------------------
