@@ -9,7 +9,8 @@ our ckpt.pt, or any state dict of an ELF. All or nothing: every array of the net
 parameter filled, no shape changed. A tokenizer and an encoder that are folders here go along, so
 DST is whole: it can be moved, or uploaded, and used there.
 """
-from configurator import UserError, one_line, one_line_errors     # first: see there
+# before torch: see there
+from parts.process import UserError, one_line, one_line_errors, open_streams
 
 import json
 import mmap
@@ -267,6 +268,7 @@ def main(source, folder):
 
 if __name__ == '__main__':
     sys.excepthook = one_line_errors
+    open_streams()
     if len(sys.argv) != 3 or sys.argv[1].startswith('-'):
         print(__doc__.strip())
         sys.exit(0 if sys.argv[1:] in (['--help'], ['-h']) else 1)

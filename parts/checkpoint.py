@@ -18,10 +18,10 @@ from dataclasses import replace
 
 import torch
 
-from configurator import UserError, from_hub, one_line
 from parts import device
 from parts.data import sha256, to_json
 from parts.official import from_official_names, read_config_yml, read_sizes
+from parts.process import UserError, from_hub, one_line
 
 # -------------------------------------------------------------------------------------------------
 # ours: whole or not at all

@@ -10,7 +10,7 @@ import re
 
 import torch
 
-from configurator import UserError, one_line
+from parts.process import UserError, one_line
 
 # -------------------------------------------------------------------------------------------------
 # weights
