@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
@@ -235,14 +235,15 @@ def check_resume(path, ckpt, config):
     return notes + [f"{'; '.join(moved)}: {why}"] * bool(moved)
 
 
-def begin_run(out_dir, resumed, config, model_args):
+def begin_run(out_dir, resumed, config, c):
     """
-    From here on files are written: lock out_dir, move the checkpoints of a run that is not resumed
-    aside, write settings.json -> the lock, and log(iter=.., **numbers), a line of metrics.jsonl and
-    perhaps one for Weights & Biases. Only the first rank writes; the others' lock is None.
+    From here on files are written: lock out_dir, put the run aside that is not resumed, write
+    settings.json, copy tokenizer and encoder -> the lock; log(iter=.., **numbers), a line of
+    metrics.jsonl and perhaps of Weights & Biases; the model's settings for its checkpoints. Only
+    the first rank writes.
     """
     if device.rank_and_world()[0]:
-        return None, lambda **numbers: None
+        return None, lambda **numbers: None, None
     if config['wandb_log']:
         try:
             import wandb
@@ -250,10 +251,9 @@ def begin_run(out_dir, resumed, config, model_args):
             raise UserError("wandb_log=True, but wandb is not installed; pip install wandb, "
                             "or drop it") from None
     locked = lock(out_dir)
-    for name in ('ckpt.pt', 'ckpt_prev.pt', 'metrics.jsonl'):
-        path = os.path.join(out_dir, name)
-        if not resumed and os.path.exists(path):
-            os.replace(path, os.path.join(out_dir, 'old_' + name))
+    if not resumed:
+        put_aside(out_dir)
+    model_args = asdict(carry(c, out_dir))
     with open(os.path.join(out_dir, 'settings.json'), 'w', encoding='utf-8') as f:
         json.dump(dict(config=config, model_args=model_args, launch=launch(), command=sys.argv,
                        torch=torch.__version__, python=sys.version), f, indent=1)
@@ -266,7 +266,18 @@ def begin_run(out_dir, resumed, config, model_args):
         metrics.write(to_json(numbers) + '\n')
         if config['wandb_log']:
             wandb.log(numbers, step=numbers['iter'])
-    return locked, log
+    return locked, log, model_args
+
+
+def put_aside(out_dir):
+    """Move the run in out_dir, if there is one, into old_1, old_2, ... in it; nothing is lost."""
+    names = [name for name in os.listdir(out_dir) if name != 'lock'
+             and (name in PARTS or os.path.isfile(os.path.join(out_dir, name)))]
+    number = 1
+    while os.path.exists(old := os.path.join(out_dir, f'old_{number}')):
+        number += 1
+    for name in names:
+        os.renames(os.path.join(out_dir, name), os.path.join(old, name))
 
 # -------------------------------------------------------------------------------------------------
 # whole: a tokenizer and an encoder of one's own lie beside the checkpoint
@@ -343,7 +354,7 @@ def is_prepared_again(folder, ckpt):
 # -------------------------------------------------------------------------------------------------
 # where: a file, a folder, the hub
 
-# names of checkpoints, first choice first; not old_ckpt.pt, of a run that was overwritten
+# names of checkpoints, first choice first
 KINDS = (r'checkpoint_\d+', r'ckpt\.pt', r'ckpt_prev\.pt', r'.*\.safetensors',
          r'last\.ckpt', r'.*step=?\d+.*\.ckpt', r'.*\.ckpt')
 

@@ -88,16 +88,6 @@ OFFICIAL_SETTINGS = dict(
     pad_token=('pad_token', 'pad'), label_drop_prob=('drop_cond_prob', 0.0),
     gelu=('gelu', 'tanh'))      # not theirs: convert.py writes it for the Lightning reproduction
 
-# of a training run, beside these; warmup_epochs go before warmup_steps, lr before blr * rows / 256
-TRAINING_SETTINGS = dict(
-    bottleneck_dim=('bottleneck', 128), num_time_tokens=('n_time', 4),
-    num_self_cond_cfg_tokens=('n_scale', 4), num_model_mode_tokens=('n_mode', 4),
-    epochs=('max_epochs', 200.0), warmup_epochs=('warmup_epochs', 0.0),
-    warmup_steps=('warmup_iters', 5000), global_batch_size=('rows', 512), seed=('seed', 0),
-    optimizer=('optimizer', 'muon'), weight_decay=('weight_decay', 0.0),
-    lr=('learning_rate', 0.0), blr=('blr', 5e-5), min_lr=('min_lr', 0.0),
-    lr_schedule=('lr_schedule', 'constant'), ema_decay1=('ema_decay', 0.9999))
-
 # layers, width, heads
 PUBLISHED_SIZES = {(12, 768, 12): 'ELF-B', (24, 1056, 16): 'ELF-M', (32, 1280, 16): 'ELF-L'}
 
@@ -128,50 +118,21 @@ def read_config_yml(path, sizes):
     if not os.path.lexists(file):
         print(f"no config.yml beside {path}: taking the published OpenWebText settings")
         return choose_sampler(UNCONDITIONAL, 64 if size in ('ELF-M', 'ELF-L') else 32)
-    settings, official = read_yml(file, OFFICIAL_SETTINGS, size)
-    if official.get('model', size) != size:
-        print(f"{file} says {official['model']}, the weights have n_layer={sizes['n_layer']}, "
-              f"n_embd={sizes['n_embd']}; going by the weights")
-    return settings
-
-
-def settings_from_yml(file):
-    """An official training .yml -> settings of train.py; said aloud what has none. UserError."""
-    known = OFFICIAL_SETTINGS | TRAINING_SETTINGS
-    settings, official = read_yml(file, known, size=None)
-    model = official.get('model', 'ELF-B')
-    sizes = {name: numbers for numbers, name in PUBLISHED_SIZES.items()}
-    if model not in sizes or 'teacher_path' in official:
-        raise UserError(f"{file}: model {model!r} is not one of {', '.join(sizes)}, or it is a "
-                        "student; for students see config/owt_elf_b_pd.py")
-    rows, blr = settings.pop('rows'), settings.pop('blr')
-    batch_size = math.gcd(rows, 64)
-    for name in ('latent_mean', 'latent_std', 'gelu', 'by_steps'):      # the bins', the weights'
-        del settings[name]
-    skipped = official.keys() - known - {'model', 'sampling_configs', 'sampling_configs_path'}
-    print(f"{file}: choose the data with --dataset; not read: {', '.join(sorted(skipped))}")
-    return settings | dict(
-        zip(('n_layer', 'n_embd', 'n_head'), sizes[model]),
-        batch_size=batch_size, gradient_accumulation_steps=rows // batch_size,
-        warmup_iters=max(0, settings['warmup_iters']),
-        learning_rate=settings['learning_rate'] or blr * rows / 256)
-
-
-def read_yml(file, known, size):
-    """An official .yml -> our settings for the keys that are known; itself, a dict. UserError."""
     import yaml
     try:
         with open(file, encoding='utf-8') as f:
             official = yaml.safe_load(f) or {}
         official = {k: v for k, v in official.items() if v is not None}
-        settings = {}
-        for key, (name, default) in known.items():
-            settings[name] = to_type(key, official.get(key, default), default)
+        settings = {name: to_type(key, official.get(key, default), default)
+                    for key, (name, default) in OFFICIAL_SETTINGS.items()}
         settings |= read_sampling(official, size or official.get('model', 'ELF-B'))
     except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as e:
         raise UserError(f"{file} is not readable as the official settings: {one_line(e)}") from None
     settings['tokenizer'] = settings['tokenizer'] or settings['encoder']
-    return settings, official
+    if official.get('model', size) != size:
+        print(f"{file} says {official['model']}, the weights have n_layer={sizes['n_layer']}, "
+              f"n_embd={sizes['n_embd']}; going by the weights")
+    return settings
 
 
 def to_type(key, value, default):

@@ -25,8 +25,7 @@ from parts import checkpoint
 from parts.checkpoint import (carry, find_checkpoint, load_checkpoint, lock, newest_checkpoint,
                               save_checkpoint)
 from parts.data import load_tokenizer
-from parts.official import settings_from_yml
-from configurator import UserError, settings_of
+from configurator import UserError
 from model import ELF, MODELS, ELFConfig, TextEncoder
 
 GOLDEN = os.path.join(ROOT, 'tests', 'golden')
@@ -587,27 +586,6 @@ def test_bad_config_yml(tmp_path, text):
     with pytest.raises(UserError, match=r'config\.yml is not readable') as e:
         settings(tmp_path, text)
     assert '\n' not in str(e.value)
-
-
-def test_an_official_training_yml(tmp_path, capsys):
-    """As train_owt_ELF-B.yml of the official code, but that lr follows from blr."""
-    file = tmp_path / 'train.yml'
-    file.write_text('data_path: embedded-language-flows/openwebtext-t5\nmax_length: 1024\n'
-                    'latent_std: 0.2\nmodel: ELF-M\ndenoiser_p_mean: -1.5\nepochs: 5\n'
-                    'warmup_epochs: 0.5\nblr: 1e-3\noutput_dir: x\ndecoder_prob: 0.2\n'
-                    'denoiser_noise_scale: 2.0\n' + UNCOND)
-    got = settings_from_yml(str(file))
-    assert 'not read: data_path, output_dir\n' in capsys.readouterr().out
-    want = dict(n_layer=24, n_embd=1056, n_head=16, max_epochs=5.0, warmup_epochs=0.5,
-                learning_rate=0.002, batch_size=64, gradient_accumulation_steps=8, t_mean=-1.5,
-                decoder_prob=0.2, noise_scale=2.0, sampler='sde', steps=64, gamma=1.0, seed=0)
-    assert {name: got[name] for name in want} == want
-    assert got.keys() <= settings_of(os.path.join(ROOT, 'train.py')).keys()
-    for text in ('model: ELF-tiny', 'teacher_path: x', 'epochs: many', 'a: ['):
-        file.write_text(text)
-        with pytest.raises(UserError, match=str(file)) as e:
-            settings_from_yml(str(file))
-        assert '\n' not in str(e.value)
 
 
 def test_config_yml_names_the_default_model(tmp_path, capsys):

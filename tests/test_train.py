@@ -371,8 +371,14 @@ def test_a_checkpoint_is_not_overwritten_unasked(run, tiny, tmp_path, monkeypatc
         assert (tmp_path / name).read_bytes() == content
     run(*args, '--overwrite=true', '--max_iters=2')
     for name, content in before.items():
-        assert (tmp_path / f'old_{name}').read_bytes() == content
+        assert (tmp_path / 'old_1' / name).read_bytes() == content
     assert state(tmp_path)['iter_num'] == 2 and len(metrics(tmp_path)) == 4
+    # again: nothing that was ever there is lost, and each can be sampled
+    run(*args, '--overwrite=true', '--max_iters=3')
+    for name, iters in (('old_1', 1), ('old_2', 2)):
+        assert state(tmp_path / name)['iter_num'] == iters
+        c = ELF.from_pretrained(str(tmp_path / name)).config
+        assert c.tokenizer == str(tmp_path / name / 'tokenizer')
 
 
 def test_where_to_start(tmp_path, monkeypatch):
