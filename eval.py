@@ -19,7 +19,6 @@ import os
 import re
 import sys
 import time
-from collections import defaultdict
 from functools import partial
 from operator import itemgetter
 
@@ -38,7 +37,7 @@ from parts.device import rank_and_world
 from parts.metrics import bleu, entropy, exact_match, rouge  # noqa: F401, for those who import them
 from parts.metrics import (count_ids, count_tokens, find_targets, gen_ppl, judge_ids, load_gpt2,
                            load_judge, mean, measure, ngram_nats, over_runs, print_gap,
-                           print_table, script_of, train_ngram)
+                           print_table, train_ngram)
 from parts.plots import plot_losses, plot_sweep, read_rows  # noqa: F401
 from sample import GRIDS, SAMPLERS, load_model, resolve_sampling, sample_texts
 
@@ -134,7 +133,7 @@ def describe_val(val):
 
 
 def write_few(model, encoder, meta, file, seed):
-    """Four texts of a model in training, each rank its share, to a JSONL file; the first is shown."""
+    """Four texts of a model in training, each rank its share, to a JSONL file; the first shown."""
     c, (rank, world) = model.config, rank_and_world()
     tokenizer, n, inputs = load_tokenizer(meta['tokenizer']), 4, None
     if c.max_input_length:
@@ -152,17 +151,22 @@ def write_few(model, encoder, meta, file, seed):
 # --------------------------------------------------------------------------------------------------
 # texts in: a list of dicts with 'generated', 'ids' and perhaps 'target'
 
-def read_samples(file, references='', tokenizer=None):
+def read_samples(file, references='', encode=str.split):
     """
-    A JSONL file -> list of dicts with 'generated', its 'ids' (without a tokenizer its words), and
-    perhaps 'target': its own, or that of the row of references (a JSONL, or a folder of
-    save_to_disk) with the number 'id', by default the line's own. UserError names file and line.
+    A JSONL file -> list of dicts with 'generated', its 'ids' and perhaps 'target': its own, or that
+    of the row of references (a JSONL, or a folder of save_to_disk) with the number 'id', by default
+    the line's own. UserError names file and line.
     """
-    targets = read_targets(references) if references else []
-    rows = []
+    targets, rows = [], []
+    if references and os.path.isdir(references):
+        from datasets import load_from_disk
+        with from_hub("references: no save_to_disk folder with a column 'target'", references):
+            targets = load_from_disk(references)['target'][:]
+    elif references:
+        targets = [row.get('target', row.get('output')) for _, row in read_jsonl(references)]
     for where, row in read_jsonl(file):
+        number = row.get('id', len(rows))
         if references:
-            number = row.get('id', len(rows))
             if number not in range(len(targets)):
                 raise UserError(f"{where} has id {number!r}, {references} has {len(targets)} rows")
             row['target'] = targets[int(number)]
@@ -171,23 +175,12 @@ def read_samples(file, references='', tokenizer=None):
             raise UserError(f"{where} needs a text under 'generated' or 'text', and under 'target' "
                             "if it has one")
         text = text.encode('utf-8', 'replace').decode()     # half a surrogate pair: '?'
-        ids = tokenizer(text, add_special_tokens=False)['input_ids'] if tokenizer else text.split()
-        row |= dict(generated=text, ids=ids)
-        rows.append(row)
+        rows.append(row | dict(generated=text, ids=encode(text)))
         if ('target' in row) != ('target' in rows[0]):
             raise UserError(f"{where}: some lines have a 'target' and some have none; all or none")
     if not rows:
         raise UserError(f"{file} has no texts")
     return rows
-
-
-def read_targets(references):
-    """A JSONL with 'target' (or 'output') or a save_to_disk folder with that column -> list."""
-    if not os.path.isdir(references):
-        return [row.get('target', row.get('output')) for _, row in read_jsonl(references)]
-    from datasets import load_from_disk
-    with from_hub("references: no save_to_disk folder with a column 'target'", references):
-        return load_from_disk(references)['target'][:]
 
 
 def read_conditions(c, meta, source, file, n):
@@ -330,13 +323,6 @@ def make_plan(combos, models):
     return plan
 
 
-def name_of(row, names):
-    """For the table: the settings that vary, or 'samples'."""
-    if row['source'] in (REAL, UNIGRAM):
-        return row['source']
-    return ' '.join(f'{k}={row[k]}' for k in names) or 'samples'
-
-
 def make_judges(judge, train, encode_gpt2, batch_size, device):
     """The settings judge and gpt2 -> functions of texts and their ids that give metrics, dicts."""
     judges = []
@@ -383,19 +369,20 @@ if __name__ == '__main__':
     # ---- what is missing or wrong shows here, before the sampling --------------------------------
     encode_gpt2 = load_gpt2(gpt2) if gpt2 else None
     seeds = [int(s) for s in seeds.split(',')] if seeds else [seed]
-    models, tokenizer = {}, load_tokenizer(meta['tokenizer'], meta['vocab_size']) if meta else None
-    if samples:
-        texts = read_samples(samples, references, tokenizer)
-        plan, n, length = [dict(source=samples)], len(texts), meta['max_length'] if meta else 0
-    else:
+    models, encode, length = {}, str.split, 0
+    if not samples:
         models = open_models(combos, meta, config, device, bf16)
-        model, encoder, texts = next(iter(models.values()))
-        n, length = len(texts) or num_samples, model.config.max_length
         plan = make_plan(combos, models)
-        tokenizer = load_tokenizer(model.config.tokenizer)
-    targets = find_targets(texts)
+        model, encoder, texts = models[plan[0]['source']]
+        n, length = len(texts) or num_samples, model.config.max_length
+    if meta or models:
+        tokenizer = load_tokenizer(model.config.tokenizer if models else meta['tokenizer'])
+        encode = partial(tokenizer.encode, add_special_tokens=False)
+    if samples:
+        texts = read_samples(samples, references, encode)
+        plan, n, length = [dict(source=samples)], len(texts), meta['max_length'] if meta else 0
     if judge == 'auto':
-        judge = 'none' if targets else 'gpt2-large'
+        judge = 'none' if find_targets(texts) else 'gpt2-large'
     if judge == 'ngram' and not texts_alone:
         raise UserError("--judge=ngram learns from training text without conditions; name its "
                         "bins: --dataset=<folder under data_dir>")
@@ -416,8 +403,8 @@ if __name__ == '__main__':
             others, train = reference_texts(meta, n, length, seed)
         judges = make_judges(judge, train, encode_gpt2, judge_batch_size, device)
     limit = count_tokens(others.get(REAL, [])) or sys.maxsize
-    print0(f"device: {about}, ranks: {world}; judge: {judge}; to measure: {len(plan)}, of which "
-           f"{len(plan) - done.count(None)} are in {log}")
+    print0(f"device: {about}, ranks: {world}; judge: {judge}; texts: {n}; to measure: "
+           f"{done.count(None)} of {len(plan)}")
 
     # ---- the texts: each rank samples its share, the first one measures --------------------------
     val = {}
@@ -441,14 +428,12 @@ if __name__ == '__main__':
                         add_lines(os.path.join(out_dir, name), rows, 'a' if runs[s] else 'w')
                     runs[s] += rows
                     bar.update(len(rows))
+            entry |= dict(seconds=time.time() - began)
         if rank:
             continue
-        entry |= dict(seconds=time.time() - began)
         if not sweep:       # real text is held to as many tokens
             limit = min(limit, *map(count_tokens, runs.values()))
-        encode = partial(tokenizer.encode, add_special_tokens=False) if tokenizer else str.split
-        of_runs = [measure(rows, limit, [row['generated'] for row in train], judges, encode)
-                   for rows in runs.values()]
+        of_runs = [measure(rows, limit, train, judges, encode) for rows in runs.values()]
         done[i] = entry | over_runs(of_runs)
         if len(runs) > 1:
             done[i]['by_seed'] = dict(zip(runs, of_runs))
@@ -460,21 +445,18 @@ if __name__ == '__main__':
         sys.exit()
 
     # ---- the table, and the same as a line of JSON -----------------------------------------------
-    of_source = {row['source']: row for row in done}
     rows = [row for row in done if row['source'] not in (REAL, UNIGRAM)]
     names = [k for k in ('source', *SWEPT[2:]) if len({row.get(k) for row in rows}) > 1]
-    unit = 'words' if tokenizer is None else f"tokens of {tokenizer.name_or_path}"
-    notes = [f"own ent, dist-4, repeat: over {unit}; entropies in nats"]
-    if script_of(targets) != 'a-z':
-        notes.append("BLEU and ROUGE: cut for this script, not by the official a to z")
-    print_table({name_of(row, names): row for row in done}, notes, LEFT_OUT if sweep else ())
+    table = {' '.join(f'{k}={row[k]}' for k in names) or 'samples': row for row in rows}
+    others = {row['source']: row for row in done[len(rows):]}
+    print_table(table | others, LEFT_OUT if sweep else ())
     if sweep:
-        plot_sweep(os.path.join(out_dir, 'sweep.png'), rows, of_source.get(REAL), names)
+        plot_sweep(os.path.join(out_dir, 'sweep.png'), rows, others.get(REAL), names)
         sys.exit()
     report = rows[0] | val
-    for name in (REAL, UNIGRAM) if texts_alone else ():
-        report[name] = {k: x for k, x in of_source[name].items() if k not in shared}
+    for name, row in others.items():
+        report[name] = {k: x for k, x in row.items() if k not in shared}
     if judge == 'ngram':
-        report |= print_gap(report, report[REAL], report[UNIGRAM])
+        report |= print_gap(report)
     add_lines(log, [report])
     print(to_json(report))

@@ -32,13 +32,13 @@ def ngrams(sequence, n):
 
 
 def entropy(ids):
-    """Unigram entropy of a list of ids, nats: log of how many equally likely tokens it amounts to."""
+    """Unigram entropy of a list of ids, nats: the log of so many equally likely tokens."""
     shares = [n / len(ids) for n in Counter(ids).values()]
     return -sum(p * math.log(p) for p in shares) + 0.0
 
 
 def repetition(ids_list):
-    """Share of the tokens of all texts that lie in a 5-gram that their text holds 3 times or more."""
+    """Share of the tokens of all texts in a 5-gram that its own text holds three times or more."""
     inside = 0
     for ids in ids_list:
         grams = list(ngrams(tuple(ids), 5))
@@ -328,21 +328,21 @@ def count_tokens(rows):
     return sum(len(row['ids']) for row in rows)
 
 
-def measure(rows, limit, train_texts, judges, encode=str.split):
+def measure(rows, limit, train, judges, encode=str.split):
     """
     All metrics of one line of the table -> dict. entropy_own is over the ids given, mean over the
     texts that are not blank; limit: tokens that distinct-4 looks at. Words and copies are looked up
-    in train_texts, if there are any, joined by spaces: rows are packed in order, so a run may cross
-    from one to the next; a word that was cut between two is then its two parts. judges: functions
-    of texts and their ids that give more of them; encode: the tokens in which errors are counted.
+    in the rows train, if there are any, joined by spaces: they are packed in order, so a run may
+    cross from one to the next; a word that was cut between two is then its two parts. judges:
+    functions of texts and their ids that give more metrics; encode: of tokens, to count errors in.
     """
     texts, ids = [row['generated'] for row in rows], [row['ids'] for row in rows]
     entropies = [entropy(row['ids']) for row in rows if row['generated'].strip()]
     out = dict(texts=len(rows), empty=len(rows) - len(entropies), entropy_own=mean(entropies),
                distinct_4=distinct(ids, 4, limit), repetition=repetition(ids),
                duplicates=duplicates(texts))
-    if train_texts:
-        training_text = ' '.join(train_texts)
+    if train:
+        training_text = ' '.join(row['generated'] for row in train)
         lengths = copied(texts, training_text)
         out['words'], out['long_words'] = words(texts, set(training_text.split()))
         out['copied_median'], out['copied_max'] = float(np.median(lengths)), max(lengths)
@@ -385,10 +385,21 @@ COLUMNS = [                             # key, title, digits
 ]
 
 
-def print_table(results, notes, left_out=()):
+LEGEND = dict(
+    nats_per_token="nats/char, token: of each by a 5-gram of characters, a 3-gram of tokens",
+    entropy="entropy, j dist-4: over the judge's tokens (GPT-2's)",
+    long_words="words, long: share that the training text has too; long ones have over 3 letters",
+    copied_max="copied, max: characters in a row as in the training text, median and most",
+    rougeL="BLEU, R: of the official tokens; where few letters are a to z, of words of any script,\n"
+           "  or characters where no spaces are; R-2 counts pairs of words: 0 for one-word texts",
+    exact="exact, +-: share of texts equal to their target, its standard error; of the others",
+    first_wrong="  fewer, more: tokens than the target, share; at: first wrong token, median")
+
+
+def print_table(results, left_out=()):
     """
     {name: metrics} -> a line for each, standard errors below it if there are any, without the
-    columns that none has or that are left out. notes: what the reader must know beside them.
+    columns that none has or that are left out.
     """
     lines = {}
     for name, row in results.items():
@@ -405,15 +416,11 @@ def print_table(results, notes, left_out=()):
     print()
     for name, *numbers in zip(*columns):
         print(name.ljust(widths[0]), *(x.rjust(width) for x, width in zip(numbers, widths[1:])))
-    legend = dict(
-        nats_per_token="nats/char, token: of each by a 5-gram of characters, a 3-gram of tokens",
-        entropy="entropy, j dist-4: over the judge's tokens (GPT-2's)",
-        long_words="words, long: share that the training text has too; long: over 3 letters",
-        copied_max="copied, max: characters in a row as in the training text, median and most",
-        exact="exact, +-: share of texts equal to their target, and its standard error; of the "
-              "others:\n  fewer, more: share with fewer or more tokens than it; at: the first wrong "
-              "token, median")
-    print(*(text for key, text in legend.items() if key in keys), *notes, sep='\n')
+    print("entropies in nats; own ent, dist-4, repeat: over the tokens of the model or the dataset; "
+          "words, if there is none")
+    for key, text in LEGEND.items():
+        if key in keys:
+            print(text)
 
 
 def over_runs(results):
@@ -428,17 +435,15 @@ def over_runs(results):
     return means | dict(stderr=errors)
 
 
-def print_gap(own, real, unigram):
+def print_gap(report):
     """
     How near texts come to real ones under the n-gram judges -> {'gap_closed', 'gap_closed_tokens'},
     the share of the way from unigram, by characters and by tokens.
     """
-    gaps = {}
+    real, unigram, gaps = report['real'], report['unigram'], {}
     for gap, key in (('gap_closed', 'nats_per_char'), ('gap_closed_tokens', 'nats_per_token')):
         way = unigram[key] - real[key]
-        gaps[gap] = (unigram[key] - own[key]) / way if way else math.nan
-    share = own['distinct_4'] / max(1e-9, real['distinct_4'])
+        gaps[gap] = (unigram[key] - report[key]) / way if way else math.nan
     print(f"gap closed: {gaps['gap_closed']:.3f} of the way from unigram to real text by "
-          f"characters, {gaps['gap_closed_tokens']:.3f} by tokens; "
-          f"distinct-4 {share:.2f} of real text's")
+          f"characters, {gaps['gap_closed_tokens']:.3f} by tokens")
     return gaps
