@@ -360,8 +360,6 @@ if __name__ == '__main__':
     combos = combinations(sweep, config)
     device, bf16, about = start(device, dtype)
     rank, world = rank_and_world()
-    if samples and rank:
-        sys.exit()                      # one rank is enough to read a file
     meta = open_bins(data_dir, dataset) if dataset else None
     texts_alone = meta and not meta.get('conditional')
     make_out_dir(out_dir)
