@@ -32,11 +32,11 @@ from parts.checkpoint import find_checkpoint, make_out_dir
 from parts.data import (batched, check_vocabulary, cut_at_eos, get_rows, load_tokenizer, open_bins,
                         open_split, printable, read_inputs, read_jsonl, read_row, to_json,
                         write_jsonl)
-from parts.device import autocast, compile_in_place, gather, pack_linears, print0, start
-from parts.device import rank_and_world
+from parts.device import (autocast, compile_in_place, gather, pack_linears, print0, rank_and_world,
+                          start)
 from parts.metrics import bleu, entropy, exact_match, rouge  # noqa: F401, for those who import them
-from parts.metrics import (count_ids, count_tokens, find_targets, gen_ppl, judge_ids, load_gpt2,
-                           load_judge, mean, measure, ngram_nats, over_runs, print_gap,
+from parts.metrics import (count_ids, count_tokens, find_targets, gap_closed, gen_ppl, judge_ids,
+                           load_gpt2, load_judge, mean, measure, ngram_nats, over_runs,
                            print_table, train_ngram)
 from parts.plots import plot_losses, plot_sweep, read_rows  # noqa: F401
 from sample import GRIDS, SAMPLERS, load_model, resolve_sampling, sample_texts
@@ -226,21 +226,29 @@ def reference_texts(meta, n, max_length, seed):
     return {REAL: decode(real), UNIGRAM: decode(unigram)}, decode(train)
 
 
-def sample_batches(model, encoder, conditions, n, how, seeds, batch_size, device):
+def sample_runs(model, encoder, conditions, n, how, seeds, batch_size, device, folder):
     """
-    Sample n texts, or one for each condition, for each seed -> seed, rows, batch after batch. Every
-    rank samples its share of a batch and gets all of it.
+    Sample n texts, or one for each condition, for each seed -> {seed: rows}. Every rank samples its
+    share of a batch and gets all of it; the first one adds it to samples_eval.jsonl in folder, if
+    one is named (of several seeds samples_eval_<seed>.jsonl): a kill leaves what is done.
     """
     tokenizer = load_tokenizer(model.config.tokenizer, model.config.vocab_size)
     inputs, targets = [row['input'] for row in conditions] or None, find_targets(conditions)
-    rank, world = rank_and_world()
-    for seed, numbers in itertools.product(seeds, batched(range(n), batch_size * world)):
-        mine = sample_texts(model, tokenizer, numbers[rank::world], batch_size, seed, device, how,
-                            inputs, encoder)
-        rows = sorted(sum(gather(list(mine)), []), key=itemgetter('id'))
-        if targets:
-            rows = [row | dict(target=targets[row['id']]) for row in rows]
-        yield seed, rows
+    (rank, world), runs = rank_and_world(), {seed: [] for seed in seeds}
+    batches = batched(range(n), batch_size * world)
+    with tqdm(total=n * len(seeds), unit='text', disable=True if rank else None) as bar:
+        for seed, numbers in itertools.product(seeds, batches):
+            mine = sample_texts(model, tokenizer, numbers[rank::world], batch_size, seed, device,
+                                how, inputs, encoder)
+            rows = sorted(sum(gather(list(mine)), []), key=itemgetter('id'))
+            if targets:
+                rows = [row | dict(target=targets[row['id']]) for row in rows]
+            if folder and rank == 0:
+                name = f'samples_eval_{seed}.jsonl' if len(seeds) > 1 else 'samples_eval.jsonl'
+                add_lines(os.path.join(folder, name), rows, 'a' if runs[seed] else 'w')
+            runs[seed] += rows
+            bar.update(len(rows))
+    return runs
 
 
 def add_lines(file, rows, mode='a'):
@@ -415,17 +423,11 @@ if __name__ == '__main__':
             continue
         began, runs = time.time(), {seed: others.get(entry['source'], texts)}
         if entry['source'] in models:
-            how, runs = {name: entry[name] for name in SWEPT[2:]}, {s: [] for s in seeds}
+            how = {name: entry[name] for name in SWEPT[2:]}
             print0("sampling: " + ', '.join(f'{k}={v}' for k, v in how.items()))
-            bar = tqdm(total=n * len(seeds), unit='text', disable=True if rank else None)
-            with autocast(device, bf16), bar:
-                for s, rows in sample_batches(*models[entry['source']], n, how, seeds, batch_size,
-                                              device):
-                    if rank == 0 and not sweep:     # as they come: a kill leaves what there is
-                        name = f'samples_eval_{s}.jsonl' if len(seeds) > 1 else 'samples_eval.jsonl'
-                        add_lines(os.path.join(out_dir, name), rows, 'a' if runs[s] else 'w')
-                    runs[s] += rows
-                    bar.update(len(rows))
+            with autocast(device, bf16):
+                runs = sample_runs(*models[entry['source']], n, how, seeds, batch_size, device,
+                                   '' if sweep else out_dir)
             entry |= dict(seconds=time.time() - began)
         if rank:
             continue
@@ -446,15 +448,19 @@ if __name__ == '__main__':
     rows = [row for row in done if row['source'] not in (REAL, UNIGRAM)]
     names = [k for k in ('source', *SWEPT[2:]) if len({row.get(k) for row in rows}) > 1]
     table = {' '.join(f'{k}={row[k]}' for k in names) or 'samples': row for row in rows}
-    others = {row['source']: row for row in done[len(rows):]}
-    print_table(table | others, LEFT_OUT if sweep else ())
+    beside = {row['source']: row for row in done[len(rows):]}
     if sweep:
-        plot_sweep(os.path.join(out_dir, 'sweep.png'), rows, others.get(REAL), names)
+        print_table(table | beside, LEFT_OUT)
+        plot_sweep(os.path.join(out_dir, 'sweep.png'), rows, beside.get(REAL), names)
         sys.exit()
     report = rows[0] | val
-    for name, row in others.items():
+    for name, row in beside.items():
         report[name] = {k: x for k, x in row.items() if k not in shared}
     if judge == 'ngram':
-        report |= print_gap(report)
+        report |= gap_closed(report)
     add_lines(log, [report])
+    print_table(table | beside)
+    if judge == 'ngram':
+        print(f"gap closed: {report['gap_closed']:.3f} of the way from unigram to real text by "
+              f"characters, {report['gap_closed_tokens']:.3f} by tokens")
     print(to_json(report))

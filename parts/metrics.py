@@ -390,8 +390,8 @@ LEGEND = dict(
     entropy="entropy, j dist-4: over the judge's tokens (GPT-2's)",
     long_words="words, long: share that the training text has too; long ones have over 3 letters",
     copied_max="copied, max: characters in a row as in the training text, median and most",
-    rougeL="BLEU, R: of the official tokens; where few letters are a to z, of words of any script,\n"
-           "  or characters where no spaces are; R-2 counts pairs of words: 0 for one-word texts",
+    rougeL="BLEU, R: of the official tokens; where few letters are a to z, of words of any\n"
+           "  script, or characters where no spaces are; R-2 counts pairs of words: 0 for one-word texts",
     exact="exact, +-: share of texts equal to their target, its standard error; of the others",
     first_wrong="  fewer, more: tokens than the target, share; at: first wrong token, median")
 
@@ -416,8 +416,8 @@ def print_table(results, left_out=()):
     print()
     for name, *numbers in zip(*columns):
         print(name.ljust(widths[0]), *(x.rjust(width) for x, width in zip(numbers, widths[1:])))
-    print("entropies in nats; own ent, dist-4, repeat: over the tokens of the model or the dataset; "
-          "words, if there is none")
+    print("entropies in nats; own ent, dist-4, repeat: over the tokens of the model or the dataset, "
+          "else words")
     for key, text in LEGEND.items():
         if key in keys:
             print(text)
@@ -435,7 +435,7 @@ def over_runs(results):
     return means | dict(stderr=errors)
 
 
-def print_gap(report):
+def gap_closed(report):
     """
     How near texts come to real ones under the n-gram judges -> {'gap_closed', 'gap_closed_tokens'},
     the share of the way from unigram, by characters and by tokens.
@@ -444,6 +444,4 @@ def print_gap(report):
     for gap, key in (('gap_closed', 'nats_per_char'), ('gap_closed_tokens', 'nats_per_token')):
         way = unigram[key] - real[key]
         gaps[gap] = (unigram[key] - report[key]) / way if way else math.nan
-    print(f"gap closed: {gaps['gap_closed']:.3f} of the way from unigram to real text by "
-          f"characters, {gaps['gap_closed_tokens']:.3f} by tokens")
     return gaps
