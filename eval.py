@@ -321,7 +321,10 @@ def make_plan(combos, models):
     plan = []
     for init_from, out_dir, *given in map(dict.values, combos):
         source = init_from or out_dir
-        how = resolve_sampling(models[source][0].config, *given)
+        c = models[source][0].config
+        how = resolve_sampling(c, *given)
+        if how['cfg'] != 1 and not c.max_input_length:
+            raise UserError(f"cfg={how['cfg']}: {source} is a model without conditions; drop it")
         if how['sampler'] == 'ode' or how['steps'] == 1:
             how['gamma'] = 0.0          # nothing is re-noised there
         nfe = how['steps'] * (1 if how['cfg'] == 1 else 2)

@@ -386,6 +386,8 @@ COLUMNS = [                             # key, title, digits
 
 
 LEGEND = dict(
+    entropy_own="own ent, dist-4, repeat: over the tokens of the model or the dataset, else words; "
+                "nats",
     nats_per_token="nats/char, token: of each by a 5-gram of characters, a 3-gram of tokens",
     entropy="entropy, j dist-4: over the judge's tokens (GPT-2's)",
     long_words="words, long: share that the training text has too; long ones have over 3 letters",
@@ -407,6 +409,8 @@ def print_table(results, left_out=()):
         if 'stderr' in row:
             lines['+-'.rjust(len(name))] = row['stderr']
     keys = {key for row in lines.values() for key in row} - set(left_out)
+    if 'exact' in keys:         # against targets, variety says little, and the line is long
+        keys -= {'entropy_own', 'distinct_4', 'bleu_cased'}
     columns = [['', *lines]]
     for key, title, digits in COLUMNS:
         if key in keys:
@@ -416,8 +420,6 @@ def print_table(results, left_out=()):
     print()
     for name, *numbers in zip(*columns):
         print(name.ljust(widths[0]), *(x.rjust(width) for x, width in zip(numbers, widths[1:])))
-    print("entropies in nats; own ent, dist-4, repeat: over the tokens of the model or the dataset, "
-          "else words")
     for key, text in LEGEND.items():
         if key in keys:
             print(text)

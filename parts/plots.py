@@ -7,9 +7,9 @@ from collections import defaultdict
 # texts that repeat themselves, and there such texts lie to the left
 AXES = dict(
     nats_per_char='nats per character of the n-gram judge (lower is better)',
-    gen_ppl='generative perplexity (lower is better)', exact='share of right texts',
-    bleu='BLEU (higher is better)', entropy='entropy of a text, nats (GPT-2 tokens)',
-    entropy_own='entropy of a text, nats', distinct_4='share of different 4-grams')
+    gen_ppl='generative perplexity (lower is better)', bleu='BLEU (higher is better)',
+    entropy='entropy of a text, nats (GPT-2 tokens)', entropy_own='entropy of a text, nats',
+    distinct_4='share of different 4-grams')
 
 
 def read_rows(file):

@@ -370,6 +370,9 @@ def test_conditions_for_a_model_without(evaluate, trained, tmp_path):
     (tmp_path / 'x.jsonl').write_text('{"input": "a"}\n')
     with pytest.raises(UserError, match='without conditions; drop --input_file'):
         evaluate(*trained, f'--input_file={tmp_path}/x.jsonl')
+    for cfg in ('--cfg=2', '--sweep=cfg=1,2'):
+        with pytest.raises(UserError, match='cfg=2.0: .* without conditions'):
+            evaluate(*trained, cfg)
 
 
 def test_compiled_one_graph_serves_all_steps(evaluate, trained, monkeypatch):
