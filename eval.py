@@ -226,13 +226,12 @@ def reference_texts(meta, n, max_length, seed):
     return {REAL: decode(real), UNIGRAM: decode(unigram)}, decode(train)
 
 
-def sample_runs(model, encoder, conditions, n, how, seeds, batch_size, device, folder):
+def sample_runs(model, tokenizer, encoder, conditions, n, how, seeds, batch_size, device, folder):
     """
     Sample n texts, or one for each condition, for each seed -> {seed: rows}. Every rank samples its
     share of a batch and gets all of it; the first one adds it to samples_eval.jsonl in folder, if
     one is named (of several seeds samples_eval_<seed>.jsonl): a kill leaves what is done.
     """
-    tokenizer = load_tokenizer(model.config.tokenizer, model.config.vocab_size)
     inputs, targets = [row['input'] for row in conditions] or None, find_targets(conditions)
     (rank, world), runs = rank_and_world(), {seed: [] for seed in seeds}
     batches = batched(range(n), batch_size * world)
@@ -286,8 +285,8 @@ def combinations(text, settings):
 
 def open_models(combos, meta, config, device, bf16):
     """
-    The models of all combinations -> {source: (model, its text encoder if it is needed, its
-    conditions)}. UserError if one does not fit.
+    The models of all combinations -> {source: (model, its tokenizer, its text encoder if it is
+    needed, its conditions)}. UserError if one does not fit.
     """
     models = {}
     for combo in combos:
@@ -298,13 +297,13 @@ def open_models(combos, meta, config, device, bf16):
         c = model.config
         if meta:
             check_vocabulary(meta, c, source)
-        load_tokenizer(c.tokenizer, c.vocab_size)
+        tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
         conditions = read_conditions(c, meta, source, config['input_file'], config['num_samples'])
         if conditions or meta and config['eval_iters'] and not config['sweep']:
             encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
         if not config['compile'] or not compile_in_place(model, device):
             pack_linears(model, bf16)
-        models[source] = model, encoder, conditions
+        models[source] = model, tokenizer, encoder, conditions
     return models
 
 
@@ -378,18 +377,19 @@ if __name__ == '__main__':
     # ---- what is missing or wrong shows here, before the sampling --------------------------------
     encode_gpt2 = load_gpt2(gpt2) if gpt2 else None
     seeds = [int(s) for s in seeds.split(',')] if seeds else [seed]
-    models, encode, length = {}, str.split, 0
+    models, encode = {}, str.split
+    if meta:
+        tokenizer, length = load_tokenizer(meta['tokenizer']), meta['max_length']
     if not samples:
         models = open_models(combos, meta, config, device, bf16)
         plan = make_plan(combos, models)
-        model, encoder, texts = models[plan[0]['source']]
+        model, tokenizer, encoder, texts = models[plan[0]['source']]
         n, length = len(texts) or num_samples, model.config.max_length
     if meta or models:
-        tokenizer = load_tokenizer(model.config.tokenizer if models else meta['tokenizer'])
         encode = partial(tokenizer.encode, add_special_tokens=False)
     if samples:
         texts = read_samples(samples, references, encode)
-        plan, n, length = [dict(source=samples)], len(texts), meta['max_length'] if meta else 0
+        plan, n = [dict(source=samples)], len(texts)
     if judge == 'auto':
         judge = 'none' if find_targets(texts) else 'gpt2-large'
     if judge == 'ngram' and not texts_alone:
