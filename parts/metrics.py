@@ -393,7 +393,7 @@ LEGEND = dict(
     long_words="words, long: share that the training text has too; long ones have over 3 letters",
     copied_max="copied, max: characters in a row as in the training text, median and most",
     rougeL="BLEU, R: of the official tokens; where few letters are a to z, of words of any\n"
-           "  script, or characters where no spaces are; R-2: of pairs of words, 0 for one-word texts",
+           "  script, or characters where no spaces are; R-2: of word pairs, 0 for one-word texts",
     exact="exact, +-: share of texts equal to their target, its standard error; of the others",
     first_wrong="  fewer, more: tokens than the target, share; at: first wrong token, median")
 
