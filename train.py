@@ -254,7 +254,7 @@ if __name__ == '__main__':
             val = estimate_loss(raw_model, text_encoder, meta, eval_iters, batch_size, device,
                                 objective, draw_step)
         bar.clear()
-        print0(f"iter {iter_num}: {describe_val(val, c)}", flush=True)
+        print0(f"iter {iter_num}: {describe_val(val)}", flush=True)
         log(iter=iter_num, **{'val_' + k: v for k, v in val.items()})
 
     def save():

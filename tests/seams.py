@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import sample  # noqa: E402, found by the path above
 from parts.data import load_tokenizer, open_bins, open_split, read_row  # noqa: E402
 from parts.device import pack_linears  # noqa: E402
-from parts.metrics import ngram_p, signs, train_ngram  # noqa: E402
+from parts.metrics import ngram_p, train_ngram  # noqa: E402
 from model import ELF, TextEncoder  # noqa: E402
 from parts.page import token_texts  # noqa: E402
 
@@ -29,6 +29,11 @@ def rows_of(meta, which, n):
     ids, index = open_split(meta, which)
     numbers = np.linspace(0, len(index), min(n, len(index)), endpoint=False).astype(int)
     return [read_row(ids, index, r)[1].tolist() for r in numbers]
+
+
+def signs(ids):
+    """Ids as a text with one sign for each."""
+    return ''.join(map(chr, ids))
 
 
 def nats_at(tokens, start, end, ngram):

@@ -226,9 +226,9 @@ def test_a_set_by_name(ask, tmp_path):
 
 
 @pytest.mark.parametrize('state, n, says', [
-    ('online', 'missing-', 'check the spelling'), ('online', 'gated-', 'accept the terms'),
-    ('online', 'token-', 'hf auth logout'), ('online', 'cut-', 'run again'),
-    ('offline', 'never-', 'HF_HUB_OFFLINE is set'), ('down', 'never-', 'connect once')])
+    ('online', 'missing-', 'check the spelling'), ('online', 'gated-', 'accepted its terms'),
+    ('online', 'token-', 'hf auth login'), ('online', 'cut-', 'check the spelling and the network'),
+    ('offline', 'never-', 'HF_HUB_OFFLINE'), ('down', 'never-', 'the network')])
 def test_refused(state, n, says, hub, ask, tmp_path):
     (tmp_path / 'samples.jsonl').write_text('{"generated": "hello he said"}\n')
     for job in REFUSED:
