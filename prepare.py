@@ -271,8 +271,8 @@ PAIRS = (('input', 'output'), ('source', 'target'), ('input', 'target'), ('sourc
 UNCLEAR = {'instruction', 'prompt', 'completion', 'question', 'answer', 'response', 'chosen'}
 
 
-def read_rows(file):
-    """The rows of a file -> (where they stand, for messages; {column: value})."""
+def read_rows(file, names=()):
+    """The rows of a file -> (where they stand, for messages; {column: value}, names at least)."""
     kind = kind_of(file)
     if kind == '.jsonl':
         yield from read_jsonl(file)
@@ -283,19 +283,21 @@ def read_rows(file):
             csv.field_size_limit(1 << 30)
             rows = csv.DictReader(read_lines(file), delimiter=',' if kind == '.csv' else '\t')
         else:
-            rows = MADE[file]() if file in MADE else open_table(file)
+            rows = MADE[file]() if file in MADE else open_table(file, names)
         with from_hub("not readable", file):
             for n, row in enumerate(rows):
                 yield f"{file}, row {n}", row.get('translation') or row
 
 
-def open_table(file):
-    """A file -> a streamed dataset: mapped pages would count as memory."""
+def open_table(file, names=()):
+    """A file -> a dataset, with these columns if it has them; streamed: mapped pages are memory."""
     import datasets
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)       # errors are one line of ours
     with from_hub("not readable", file):
-        return datasets.load_dataset(kind_of(file)[1:], data_files=glob.escape(file),
-                                     split='train', streaming=True)
+        table = datasets.load_dataset(kind_of(file)[1:], data_files=glob.escape(file),
+                                      split='train', streaming=True)
+    inside = names and set(names) <= set(table.features or ())
+    return table.select_columns(list(names)) if inside else table
 
 
 def choose_columns(paths):
@@ -322,7 +324,7 @@ def choose_columns(paths):
 def read_texts(file, names):
     """The text, or pair, in each row of a file. A pair with a blank side is left out, aloud."""
     blank = 0
-    for where, row in read_rows(file):
+    for where, row in read_rows(file, names):
         texts = tuple(row.get(name) for name in names)
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where} lacks a text under {' or '.join(names)}: {str(row)[:100]}")
@@ -397,7 +399,7 @@ def id_rows(file, names):
     """(condition ids, target ids) of each row, as arrays, a thousand rows in memory at a time."""
     first = 0
     with from_hub("not readable", file):
-        for batch in open_table(file).select_columns(list(names)).with_format('arrow').iter(1000):
+        for batch in open_table(file, names).with_format('arrow').iter(1000):
             parts = [split_column(file, first, name, batch[name].combine_chunks())
                      for name in names]
             yield from zip(*parts) if len(parts) == 2 else (((), part) for part in parts[0])
@@ -528,12 +530,7 @@ def make_rows(kind, items, tok, pack, max_length):
     """Texts, pairs or ids -> (condition ids, target ids) of each row, streamed."""
     eos = tok.eos_token_id
     if kind == 'ids':
-        for n, row in enumerate(items):
-            if any(len(ids) and ids[-1] != eos for ids in row):
-                ends = ', '.join(str(ids[-3:]) for ids in row if len(ids))
-                raise UserError(f"row {n} does not end in EOS, {eos}, but in {ends}; take padding "
-                                "off, add EOS, or name the tokenizer that the ids are from")
-            yield row
+        yield from items
     elif kind == 'pairs':
         for batch in batched(items, 1000):
             rows = [ids + [eos] for ids in tokenize(list(chain.from_iterable(batch)), tok)]
@@ -550,7 +547,7 @@ def write_splits(folder, source, tok, dtype):
     for split in ('train', 'val'):
         rows = make_rows(source.kind, read_split(source, split), tok, pack, max_length)
         rows = tqdm(rows, desc=split, unit=' rows', disable=None)
-        counts[split] = write_split(folder, split, rows, dtype, len(tok))
+        counts[split] = write_split(folder, split, rows, dtype, len(tok), tok.eos_token_id)
         if not counts[split][0]:
             hint = "; --letters_only=false keeps more than a-z" * letters_only
             hint += f"; --pack=texts needs {END_OF_TEXT} in a .txt" * (pack == 'texts')
@@ -649,7 +646,7 @@ def show(meta, tok, longest):
         print("  first row: " + ' -> '.join(repr(text[:100]) for text in filter(None, first)))
         unknown = np.mean(ids[:10_000_000] == tok.unk_token_id)
         if unknown > 0.01:
-            print(f"  WARNING: {unknown:.1%} of the tokens are {tok.unk_token}, their text is lost; "
+            print(f"  WARNING: {unknown:.1%} of the tokens are {tok.unk_token}, their text lost; "
                   "without --tokenizer one is trained on this text")
 
 

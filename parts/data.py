@@ -170,7 +170,7 @@ def get_rows(meta, split, rows, c):
     return tuple(map(torch.from_numpy, (ids, position < lengths, position < cond_lengths)))
 
 
-def write_split(folder, split, rows, dtype, vocab_size):
+def write_split(folder, split, rows, dtype, vocab_size, eos=None):
     """
     Stream (condition ids, target ids) to folder/<split>.bin and .idx.npy -> rows, tokens, longest
     row. UserError for ids outside the vocabulary.
@@ -187,6 +187,12 @@ def write_split(folder, split, rows, dtype, vocab_size):
                 row = sum(map(len, index)) + np.searchsorted(ends, outside[0], side='right')
                 raise UserError(f"row {row} of {split} has token id {ids[outside[0]]}, the "
                                 f"vocabulary has {vocab_size}; is it this tokenizer's?")
+            # without a condition this looks at the end of the row before
+            last = ids[np.append(ends, ends - length + cond) - 1]
+            if eos is not None and (last != eos).any():
+                row = sum(map(len, index)) + np.argmax(last != eos) % len(batch)
+                raise UserError(f"row {row} of {split} has ids that do not end in EOS, {eos}; take "
+                                "padding off, add EOS, or name the tokenizer they are from")
             f.write(ids.astype(dtype).tobytes())
             starts = tokens + ends - length
             index.append(np.stack((starts, starts + cond), axis=1))
@@ -267,7 +273,8 @@ def read_lines(file):
         raise UserError(f"{file}, line {n}: byte {e.object[e.start]:#04x} is not UTF-8; "
                         "save the file as UTF-8") from None
     except Exception as e:      # each compression has errors of its own
-        raise UserError(f"cannot read {file}: {getattr(e, 'strerror', '') or one_line(e)}") from None
+        why = getattr(e, 'strerror', None) or one_line(e)
+        raise UserError(f"cannot read {file}: {why}") from None
 
 
 def read_jsonl(file):
