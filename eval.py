@@ -27,10 +27,9 @@ from tqdm import tqdm
 
 from parts.checkpoint import make_out_dir
 from parts.data import (check_vocabulary, cut_at_eos, get_rows, load_tokenizer, open_bins,
-                        open_split, read_inputs, read_jsonl, read_row, to_json, write_jsonl)
-from parts.device import (autocast, describe, gather, join_ranks, own_device, pack_linears,
-                          pick_device, print0, rank_and_world)
-from parts.distill import distill_loss, draw_times
+                        open_split, printable, read_inputs, read_jsonl, read_row, to_json,
+                        write_jsonl)
+from parts.device import autocast, gather, pack_linears, print0, rank_and_world, start
 from parts.metrics import (count_tokens, find_targets, load_judge, mean, measure, over_runs,
                            print_gap, print_table, signs, train_ngram)
 from parts.metrics import bleu, entropy, gen_ppl, rouge  # noqa: F401
@@ -82,33 +81,28 @@ def t_edges(c):
 
 
 @torch.no_grad()
-def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, rank=0, world=1,
-                  distill=None):
+def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, objective=compute_loss,
+                  substeps=0):
     """
     Validation loss on fixed rows with fixed draws -> {'loss', 'l2', 'ce', 'l2_bins'}, numbers, the
     same on every rank and for every number of ranks. Batch k has its t in bin k % T_BINS, so that
     the bins come for free and l2, their mean, is the training loss with less variance.
-    distill: the teacher, distill_steps and distill_substeps of a student, whose l2 is its own.
+    objective, substeps: of a student, whose l2 is its own.
     """
-    c = net.config
+    c, (rank, world) = net.config, rank_and_world()
     batches = math.ceil(eval_iters / T_BINS) * T_BINS
     parts = {}                  # of batch k: {'l2': number, 'ce': number}
     for k in range(rank, batches, world):
         generator = torch.Generator().manual_seed(k)
-        draws = draw(c, batch_size, c.max_length, generator, device)
+        draws = draw(c, batch_size, c.max_length, generator, device, substeps)
         uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)
         normal = torch.special.ndtri((k % T_BINS + uniform) / T_BINS)
         draws.t = torch.sigmoid(c.t_mean + c.t_std * normal).float().to(device)
         rows = np.arange(k * batch_size, (k + 1) * batch_size) % meta['rows']['val']
         batch = encode_rows(encoder, get_rows(meta, 'val', rows, c), draws, c, device)
-        if distill:
-            teacher, *steps = distill
-            times = draw_times(c, draws.t, *steps, generator)
-            _, part = distill_loss(net, teacher, *batch, draws, times)
-        else:
-            _, part = compute_loss(net, *batch, draws)
+        _, part = objective(net, *batch, draws)
         parts[k] = {name: x.item() for name, x in part.items()}
-    for share in gather(parts, dist.group.WORLD if world > 1 else None):
+    for share in gather(parts):
         parts |= share
 
     # in the order of the batches, whoever computed them: a sum's last bits depend on it
@@ -129,6 +123,21 @@ def describe_val(val, c):
     bins = [f"{a:.2f}-{b:.2f}: {x:.3f}" for a, b, x in zip(edges, edges[1:], val['l2_bins'])]
     parts = [f"{k} {x:.4f}" for k, x in val.items() if k not in ('loss', 'l2_bins')]
     return f"val loss {val['loss']:.4f} ({', '.join(parts)}) | l2 by t {' '.join(bins)}"
+
+
+def write_few(model, encoder, meta, file, seed):
+    """Four texts of a model in training, each rank its share, to a JSONL file; the first shown."""
+    c, tokenizer, inputs = model.config, load_tokenizer(model.config.tokenizer), None
+    if c.max_input_length:
+        inputs = [row['input'] for row in read_inputs(os.path.join(meta['dir'], 'val.jsonl'))]
+    rank, world = rank_and_world()
+    numbers = range(min(4, len(inputs)) if inputs else max(4, world))[rank::world]
+    texts = list(sample_texts(model, tokenizer, numbers, 4, seed, model.mode_tokens.device,
+                              resolve_sampling(c), inputs, encoder))
+    texts = sorted(sum(gather(texts), []), key=itemgetter('id'))
+    if rank == 0:
+        write_jsonl(file, texts)
+        print(f"{file} | {printable(texts[0]['generated'])[:120]}")
 
 
 def read_series(file):
@@ -242,7 +251,7 @@ def run_seeds():
     return {f'samples_{s}': int(s) for s in seeds.split(',')} if seeds else {'samples': seed}
 
 
-def sample_runs(model, tokenizer, encoder, conditions, how, device, group, bar):
+def sample_runs(model, tokenizer, encoder, conditions, how, device, bar):
     """
     Sample num_samples texts, or one for each condition, for each seed -> name of the run, rows, one
     run after the other. Every rank samples its share and gets all of them; bar: of its steps.
@@ -255,7 +264,7 @@ def sample_runs(model, tokenizer, encoder, conditions, how, device, group, bar):
     for name, run_seed in run_seeds().items():
         rows = list(sample_texts(model, tokenizer, share_of(conditions), batch_size, run_seed,
                                  device, how, inputs, encoder, watch=tick))
-        rows = sorted(sum(gather(rows, group), []), key=itemgetter('id'))
+        rows = sorted(sum(gather(rows), []), key=itemgetter('id'))
         for row, target in zip(rows, find_targets(conditions)):
             row['target'] = target
         yield name, rows
@@ -338,7 +347,7 @@ def append_json(name, row):
         f.write(to_json(row) + '\n')
 
 
-def run_sweep(combos, models, meta, device, bf16, group):
+def run_sweep(combos, models, meta, device, bf16):
     """
     Sample and measure what is not in out_dir/sweep.jsonl yet, and add it there one by one; then the
     table and sweep.png of all. The ranks share each sampling, the first one measures.
@@ -354,7 +363,7 @@ def run_sweep(combos, models, meta, device, bf16, group):
         plan.insert(0, dict(model=REAL, length=length, steps=0, cfg=1))
     plan = [entry | shared for entry in plan]
     file = os.path.join(out_dir, 'sweep.jsonl')
-    done = gather(find_done(file, plan), group)[0]      # what is on the first rank's disk
+    done = gather(find_done(file, plan))[0]      # what is on the first rank's disk
     todo = [entry for entry, row in zip(plan, done) if not row]
     print0(f"sweep: {len(plan)} to measure, {len(plan) - len(todo)} of them are in {file}")
     others, train_texts, ngram = {}, [], None
@@ -369,7 +378,7 @@ def run_sweep(combos, models, meta, device, bf16, group):
             if entry['model'] != REAL:
                 with autocast(device, bf16):
                     runs = dict(sample_runs(*models[entry['model']], sampler_of(entry), device,
-                                            group, bar))
+                                            bar))
             cost = dict(nfe=passes(entry), seconds=time.time() - start)
             if rank == 0:
                 of_runs = [measure(rows, limit, train_texts, ngram, judge, judge_batch_size, device)
@@ -379,7 +388,7 @@ def run_sweep(combos, models, meta, device, bf16, group):
         rows = find_done(file, plan)
         print_table(dict(zip(names_of(rows), rows)), "the model's tokens", LEFT_OUT)
         plot_sweep(os.path.join(out_dir, 'sweep.png'), rows)
-    if group:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -390,7 +399,7 @@ if __name__ == '__main__':
     rank, world = rank_and_world()
     if samples and rank:
         sys.exit()                      # one rank is enough to read a file
-    device, bf16, hardware = pick_device(own_device(device), dtype)
+    device, bf16, about = start(device, dtype)
     meta = open_bins(data_dir, dataset) if dataset else None
     make_out_dir(out_dir)
 
@@ -402,14 +411,14 @@ if __name__ == '__main__':
     else:
         models, unit = open_models(combos, meta, device, bf16), "the model's tokens"
         model, tokenizer, encoder, given = opened = next(iter(models.values()))
-        c, group = model.config, join_ranks(device)
+        c = model.config
         length = c.max_length
     judge = choose_judge(find_targets(given), meta)
     if judge not in ('ngram', 'none') and rank == 0:
         load_judge(judge, str(device))      # the other ranks wait for it at the first exchange
-    print0(f"device: {describe(device, bf16, hardware, dtype)}, ranks: {world}; judge: {judge}")
+    print0(f"device: {about}, ranks: {world}; judge: {judge}")
     if sweep:
-        run_sweep(combos, models, meta, device, bf16, group)
+        run_sweep(combos, models, meta, device, bf16)
         sys.exit()
 
     # ---- the texts: each rank samples its share, the first one measures --------------------------
@@ -423,19 +432,18 @@ if __name__ == '__main__':
         print0("sampling: " + ', '.join(f'{k}={v}' for k, v in how.items()) + f", NFE={nfe}")
         if meta and eval_iters:
             with autocast(device, bf16):
-                report['val'] = estimate_loss(model, encoder, meta, eval_iters, batch_size, device,
-                                              rank, world)
+                report['val'] = estimate_loss(model, encoder, meta, eval_iters, batch_size, device)
             print0(describe_val(report['val'], c))
         start = time.time()
         with autocast(device, bf16), step_bar('samples', given, how['steps']) as bar:
-            for name, rows in sample_runs(*opened, how, device, group, bar):
+            for name, rows in sample_runs(*opened, how, device, bar):
                 runs[name] = rows
                 if rank == 0:
                     file = name.replace('samples', 'samples_eval') + '.jsonl'
                     write_jsonl(os.path.join(out_dir, file), rows)
                     print(f"{len(rows)} texts in {os.path.join(out_dir, file)}")
         report |= how | dict(nfe=nfe, seconds=time.time() - start)
-        if group:
+        if dist.is_initialized():
             dist.destroy_process_group()
     if rank:
         sys.exit()

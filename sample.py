@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from parts.checkpoint import make_out_dir
 from parts.data import load_tokenizer, printable, read_inputs, row_seed, write_jsonl
-from parts.device import autocast, compile_in_place, describe, pack_linears, pick_device
+from parts.device import autocast, compile_in_place, pack_linears, start
 from model import ELF, TextEncoder, velocity
 from parts.page import (MOMENTS, can_redraw, make_frame, make_room, moments, show, write_page,
                         write_svg)
@@ -256,7 +256,7 @@ if __name__ == '__main__':
         raise UserError(f"{' and '.join(starts)} exclude each other")
     make_room('html', html)
     make_room('svg', svg)
-    device, bf16, name = pick_device(device, dtype)
+    device, bf16, name = start(device, dtype)
     model = load_model(init_from, out_dir).to(device)
     c, source = model.config, init_from or out_dir
     inputs = encoder = known = None
@@ -278,7 +278,7 @@ if __name__ == '__main__':
     if inputs or known:
         encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
     make_out_dir(out_dir)
-    print(f"device: {describe(device, bf16, name, dtype)}")
+    print(f"device: {name}")
     print("sampling: " + ', '.join(f'{k}={v}' for k, v in how.items()) + f", length {c.max_length}")
     if not compile or not compile_in_place(model, device):
         pack_linears(model, bf16)

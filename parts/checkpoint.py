@@ -9,14 +9,14 @@ import json
 import os
 import re
 import shutil
-import signal
 import tempfile
-import time
 import zipfile
 
 import torch
 
 from configurator import UserError, from_hub, one_line
+from parts import device
+from parts.data import sha256
 from parts.official import from_official_names, read_config_yml, read_sizes
 
 # -------------------------------------------------------------------------------------------------
@@ -49,9 +49,8 @@ def lock(out_dir):
 
 def save_checkpoint(out_dir, ckpt, keep_as=''):
     """Write out_dir/ckpt.pt; the one before stays as ckpt_prev.pt; keep_as: a name for a copy."""
-    global saving
     path, kept = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, keep_as)
-    saving = True       # see note_signals
+    device.saving = True
     try:
         with open(path + '.tmp', 'wb') as f:
             torch.save(ckpt, f)
@@ -74,7 +73,7 @@ def save_checkpoint(out_dir, ckpt, keep_as=''):
         raise UserError(f"could not write {path}: {str(e).splitlines()[0]}; "
                         "what was there before is intact") from None
     finally:
-        saving = False
+        device.saving = False
 
 
 def newest_checkpoint(out_dir):
@@ -133,12 +132,14 @@ def load_checkpoint(path):
 # -------------------------------------------------------------------------------------------------
 # a run: where it starts, what it may change, how it ends
 
-# a resumed run may change what touches at most the order of sums, and max_iters on purpose
+# a resumed run may change max_iters on purpose, what is only seen or saved, and where it runs
 MAY_CHANGE_ON_RESUME = (
     'out_dir', 'init_from', 'overwrite', 'log_interval', 'eval_interval', 'eval_iters',
     'save_interval', 'keep_interval', 'sample_interval', 'wandb_log', 'wandb_project', 'data_dir',
-    'verify_data', 'max_iters', 'max_minutes', 'max_bad_steps', 'max_epochs', 'device', 'compile',
-    'gradient_checkpointing', 'sampler', 'steps', 'gamma', 'w', 'cfg', 'grid')
+    'verify_data', 'max_iters', 'max_minutes', 'max_bad_steps', 'max_epochs', 'dtype',
+    'gradient_checkpointing', 'sampler', 'steps', 'gamma', 'w', 'cfg', 'grid', 'bins')
+# these too, but then sums are in another order, and it is not the same bit for bit
+ORDER_OF_SUMS = ('ranks', 'device', 'bf16', 'compile', 'batch_size', 'gradient_accumulation_steps')
 
 
 def where_to_start(init_from, out_dir, overwrite, launch):
@@ -160,33 +161,48 @@ def where_to_start(init_from, out_dir, overwrite, launch):
 
 
 def fingerprint(meta):
-    """What of a dataset must be the same when a run goes on."""
-    keys = ('checksums', 'rows', 'vocab_size', 'latent_mean', 'latent_std')
-    return {k: meta.get(k) for k in keys}
+    """What of a dataset must be the same when a run goes on -> flat dict of plain values."""
+    found = {name: meta[name] for name in ('rows', 'vocab_size', 'latent_mean', 'latent_std')}
+    found |= meta['checksums']
+    for part in ('encoder', 'tokenizer'):
+        if not os.path.isdir(meta[part]):
+            found[part] = meta[part]
+            continue
+        for name in ('model.safetensors', 'tokenizer.json', 'spiece.model'):
+            file = os.path.join(meta[part], name)
+            if os.path.exists(file):
+                found[f'{part}/{name}'] = sha256(file)
+    return found
 
 
-def check_resume(path, ckpt, config, meta, layout):
+def check_resume(path, ckpt, config):
     """
     UserError if a run would go on with other mathematics or on other data than its checkpoint's
-    -> list of what else is not as it was, in words.
+    -> list of what else is not as it was, in words. config: settings, what runs them, the bins.
     """
-    differs = []
-    for name, was in ckpt['config'].items():
-        if was == -1:       # of an older version: as in the row of MODELS
-            was = ckpt['model_args'].get(name, was)
-        if name in config and name not in MAY_CHANGE_ON_RESUME and config[name] != was:
-            differs.append(f"{name} was {was!r}, now {config[name]!r}")
-    if differs:
-        raise UserError(f"{path} was trained with other settings: {'; '.join(differs)}; "
+    data = ckpt.get('data', {})         # it stood apart, as did what ran them, in older versions
+    was = ckpt['config'] | ckpt.get('layout', {})
+    bins = was.get('bins') or data | data.get('checksums', {})
+    now = config['bins']
+    if changed := [name for name in bins if name in now and now[name] != bins[name]]:
+        raise UserError(f"{path} was trained on other bins than those of --dataset="
+                        f"{config['dataset']} now ({', '.join(changed)} differ); prepare them as "
+                        "they were, or start anew")
+    differs = [name for name in was if config.get(name, was[name]) != was[name]]
+    changed = {name: f"{name} was {was[name]!r}, now {config[name]!r}" for name in differs}
+    rows, rows_now = (x['batch_size'] * x['gradient_accumulation_steps'] for x in (was, config))
+    other = [name for name in differs if name not in MAY_CHANGE_ON_RESUME + ORDER_OF_SUMS]
+    if rows != rows_now:
+        other += [name for name in ORDER_OF_SUMS[-2:] if name in differs]
+    if other:
+        raise UserError(f"{path} was trained with other settings: "
+                        f"{'; '.join(changed[name] for name in other)}; "
                         "drop the override or choose another --out_dir")
-    now = fingerprint(meta)
-    if changed := [k for k, was in ckpt.get('data', now).items() if now[k] != was]:
-        raise UserError(f"{path} was trained on other bins than {meta['dir']} holds now "
-                        f"({', '.join(changed)} differ); prepare them as they were, or start anew")
-    was = ckpt.get('layout', layout)
-    changed = [f"{k} was {was[k]}, now {v}" for k, v in layout.items() if was.get(k, v) != v]
-    why = "same rows and draws, but sums in another order, so not bit for bit"
-    return [f"{'; '.join(changed)}: {why}"] if changed else []
+    moved = [changed[name] for name in differs if name in ORDER_OF_SUMS]
+    why = "the same rows a step, but sums in another order, so not bit for bit"
+    if 'batch_size' in differs:
+        why += ", and other draws for them"
+    return [f"{'; '.join(moved)}: {why}"] if moved else []
 
 
 def begin_run(out_dir, resumed, record):
@@ -204,29 +220,6 @@ def begin_run(out_dir, resumed, record):
     metrics = open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8', buffering=1)
     metrics.write('\n' if resumed else '')      # ends a line that a kill may have cut
     return locked, metrics
-
-
-signals = []        # the numbers of those that came
-first_signal = 0.0  # when
-saving = False
-
-
-def note_signals():
-    """SIGTERM and Ctrl-C ask to stop. A Ctrl-C some seconds later interrupts, but never a save."""
-    global first_signal
-    first_signal = 0.0
-
-    def note(number, frame):
-        global first_signal
-        # torchrun and the terminal, or a scheduler, may both send the first one
-        first_signal = first_signal or time.time()
-        again = time.time() - first_signal > 3
-        signals.append(number)
-        if number == signal.SIGINT and again and not saving:
-            raise KeyboardInterrupt
-    signals.clear()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
 
 # -------------------------------------------------------------------------------------------------
 # where: a file, a folder, the hub

@@ -9,7 +9,7 @@ import os
 from collections import defaultdict
 
 from parts.checkpoint import find_checkpoint
-from configurator import UserError, check_type
+from configurator import UserError, check_value
 from sample import GRIDS, SAMPLERS, resolve_sampling
 
 NAMES = ('init_from', 'out_dir', 'steps', 'sampler', 'gamma', 'w', 'cfg', 'grid')
@@ -36,7 +36,7 @@ def combinations(text, settings):
         if name not in NAMES or name in values or not all(given):
             raise UserError(f"--sweep: {part!r} is not name=value,value with one of "
                             f"{', '.join(NAMES)}, each once")
-        values[name] = [check_type(name, value, settings[name], '--sweep') for value in given]
+        values[name] = [check_value(settings, name, value, '--sweep') for value in given]
         if not set(values[name]) <= set(CHOICES.get(name, values[name])):
             raise UserError(f"--sweep: {part!r}: {name} is one of {', '.join(CHOICES[name])}")
     if min(values.get('steps', [1])) < 1:
