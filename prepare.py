@@ -110,6 +110,7 @@ NO_CORPUS = re.compile(r'(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arr
 TEST_WORDS = {'test', 'tests', 'testing', 'testset'}
 VAL_WORDS = {'validation', 'valid', 'val', 'dev', 'eval', 'evaluation', 'holdout', 'heldout'}
 END_OF_TEXT = '<|endoftext|>'
+CARD = 'README.md'
 
 
 @dataclass
@@ -207,7 +208,7 @@ def choose_configuration(source, folder):
     -> [(split, pattern)], empty if it says nothing. UserError if there are several to choose from.
     """
     from huggingface_hub import metadata_load
-    card = os.path.join(folder, 'README.md')
+    card = os.path.join(folder, CARD)
     if not os.path.isfile(card):
         return []
     with from_hub("cannot read", card):
@@ -231,16 +232,17 @@ def fetch(source, revision, with_test):
     # 'test' as a word; the patterns' * crosses slashes
     ignore = None if with_test else ['test[!a-z]*', '*[!a-z]test[!a-z]*']
     print(f"{source}: its files from the hub" + ", without those named test" * (not with_test))
-    wanted = ['README.md']
+    get = partial(snapshot_download, source, repo_type='dataset', revision=revision or None,
+                  ignore_patterns=ignore)
     with from_hub("no dataset", source):
-        for kinds in (TABLES, TEXT_FILES, ()):      # tables first: often a text lies beside them
-            folder = snapshot_download(source, repo_type='dataset', revision=revision or None,
-                                       allow_patterns=wanted, ignore_patterns=ignore)
-            if any(map(kind_of, glob.glob('**', root_dir=folder, recursive=True))):
+        patterns = [path for _, path in choose_configuration(source, get(allow_patterns=[CARD]))]
+        inside = f'{subset}/' if subset not in ('', '.') else ''
+        for kinds in (TABLES, TEXT_FILES):      # tables first: often a text lies beside them
+            endings = [kind + packed for kind in kinds for packed in ('', *PACKED)]
+            folder = get(allow_patterns=patterns or [f'{inside}*{ending}' for ending in endings])
+            names = glob.glob(f'{inside}**', root_dir=folder, recursive=True)
+            if any(kind_of(name) in kinds for name in names):
                 break
-            inside = f'{subset}/' if subset not in ('', '.') else ''
-            wanted = [pattern for _, pattern in choose_configuration(source, folder)] or [
-                f'{inside}*{kind}{packed}' for kind in kinds for packed in ('', *PACKED)]
     return folder, os.path.basename(folder)
 
 
@@ -549,7 +551,8 @@ def write_splits(folder, source, tok, dtype):
         rows = tqdm(rows, desc=split, unit=' rows', disable=None)
         counts[split] = write_split(folder, split, rows, dtype, len(tok), tok.eos_token_id)
         if not counts[split][0]:
-            hint = "; --letters_only=false keeps more than a-z" * letters_only
+            hint = "; give more, or a larger val_fraction" * (split == 'val')
+            hint += "; --letters_only=false keeps more than a-z" * letters_only
             hint += f"; --pack=texts needs {END_OF_TEXT} in a .txt" * (pack == 'texts')
             raise UserError(f"{dataset} is too little: no rows for {split}{hint}")
     return [dict(zip(counts, column)) for column in zip(*counts.values())]
