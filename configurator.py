@@ -1,7 +1,7 @@
 """
 Settings from Python config files and the command line, left to right:
 
-    python train.py config/pydocs.py --batch_size=32 --compile=true
+    python train.py config/demo.py --batch_size=32 --compile=true
 
 A script's settings are its top-level assignments of a number, text or true/false;
 configure(globals()) overrides them and returns them as a dict. --help prints them with their
@@ -212,10 +212,10 @@ def check_value(g, name, value, where):
         return value
     low = -1e15 if name in g.get('MAY_BE_NEGATIVE', ()) else int(name in g.get('AT_LEAST_1', ()))
     high = 1 if name in g.get('AT_MOST_1', ()) else 1e15
-    above = name in g.get('ABOVE_0', ())
-    if not low <= value <= high or above and not value:         # nan is not, either
-        raise UserError(f"{shown} must lie between {low:g} and {high:g}{', above 0' * above} "
-                        f"(default: {default!r})")
+    above_0 = name in g.get('ABOVE_0', ())
+    if not low <= value <= high or above_0 and value == 0:      # nan is not, either
+        raise UserError(f"{shown} must lie between {low:g}{', itself excluded,' * above_0} and "
+                        f"{high:g} (default: {default!r})")
     return value
 
 

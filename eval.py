@@ -82,19 +82,19 @@ def t_edges(c):
 
 @torch.no_grad()
 def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, objective=compute_loss,
-                  substeps=0):
+                  draw_step=draw):
     """
     Validation loss on fixed rows with fixed draws -> {'loss', 'l2', 'ce', 'l2_bins'}, numbers, the
     same on every rank and for every number of ranks. Batch k has its t in bin k % T_BINS, so that
     the bins come for free and l2, their mean, is the training loss with less variance.
-    objective, substeps: of a student, whose l2 is its own.
+    objective, draw_step: of a student, whose l2 is its own.
     """
     c, (rank, world) = net.config, rank_and_world()
     batches = math.ceil(eval_iters / T_BINS) * T_BINS
     parts = {}                  # of batch k: {'l2': number, 'ce': number}
     for k in range(rank, batches, world):
         generator = torch.Generator().manual_seed(k)
-        draws = draw(c, batch_size, c.max_length, generator, device, substeps)
+        draws = draw_step(c, batch_size, c.max_length, generator, device)
         uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)
         normal = torch.special.ndtri((k % T_BINS + uniform) / T_BINS)
         draws.t = torch.sigmoid(c.t_mean + c.t_std * normal).float().to(device)

@@ -275,7 +275,7 @@ class Draws:
     """
     All that is random in a step of B rows: unit normal noises (B, T, C), lam (B, T, 1), t and w
     (B,) on the device of the latents; the three flags (B,) bool on the CPU, so that counting rows
-    never waits for a GPU. stops (B, k+1): of a student's step alone, see parts/distill.py.
+    never waits for a GPU.
     """
     t: torch.Tensor
     noise: torch.Tensor
@@ -285,10 +285,9 @@ class Draws:
     self_cond: torch.Tensor
     w: torch.Tensor
     drop_cond: torch.Tensor
-    stops: torch.Tensor = None
 
 
-def draw(config, B, T, generator, device, substeps=0):
+def draw(config, B, T, generator, device):
     """
     The random tensors of a step of B rows of T tokens, all from one CPU generator -> Draws. The
     official code tosses a coin per row; row counts by randomised rounding have the same
@@ -319,15 +318,9 @@ def draw(config, B, T, generator, device, substeps=0):
         return torch.randn(B, T, width, generator=on_device, device=device)
 
     lam = torch.sigmoid(randn(1) * c.decoder_std + c.decoder_mean)
-    noise, decode_noise = randn(c.latent_dim), randn(c.latent_dim)
-    stops = None
-    if substeps:        # 0, substeps - 1 stops drawn as t is, 1
-        normal = torch.randn(B, substeps - 1, generator=generator)
-        inner = torch.sigmoid(c.t_mean + c.t_std * normal).sort(dim=1).values
-        stops = to_device(F.pad(F.pad(inner, (1, 0)), (0, 1), value=1.0), device)
-    return Draws(t=to_device(t, device), noise=noise, is_decode=is_decode, lam=lam,
-                 decode_noise=decode_noise, self_cond=self_cond, w=to_device(w, device),
-                 drop_cond=drop_cond, stops=stops)
+    return Draws(t=to_device(t, device), noise=randn(c.latent_dim), is_decode=is_decode, lam=lam,
+                 decode_noise=randn(c.latent_dim), self_cond=self_cond, w=to_device(w, device),
+                 drop_cond=drop_cond)
 
 
 @dataclass

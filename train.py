@@ -34,7 +34,7 @@ from parts import checkpoint as on_disk
 from parts.data import check_bins, check_vocabulary, get_rows, open_bins, row_seed, rows_at, to_json
 from parts.device import (PEAK_FLOPS, autocast, compile_in_place, gather, largest, mean_over_ranks,
                           note_signals, print0, rank_and_world, signals, start)
-from parts.distill import distill_loss, load_teacher
+from parts.distill import distill_loss, draw_student, load_teacher
 from parts.muon import make_optimizer
 from sample import GRIDS, SAMPLERS
 
@@ -242,10 +242,11 @@ if __name__ == '__main__':
     if text_encoder.latent_dim != c.latent_dim:
         raise UserError(f"encoder {c.encoder} is {text_encoder.latent_dim} wide, "
                         f"{meta['dir']} was made with one of {c.latent_dim}")
-    objective, frozen = compute_loss, [text_encoder]
+    objective, draw_step, frozen = compute_loss, draw, [text_encoder]
     if teacher:
         frozen.append(load_teacher(config, meta, init_from).to(device))
         objective = partial(distill_loss, frozen[1], distill_steps)
+        draw_step = partial(draw_student, distill_substeps)
     compiled = compile and compile_in_place(raw_model, device)
     for module in frozen if compiled else ():
         module.compile(dynamic=False)
@@ -297,12 +298,12 @@ if __name__ == '__main__':
         if device.type == 'cuda':
             batch = [a.pin_memory() for a in batch]
         generator = torch.Generator().manual_seed(row_seed(seed, number))
-        return batch, draw(c, batch_size, max_length, generator, device, distill_substeps)
+        return batch, draw_step(c, batch_size, max_length, generator, device)
 
     def validate():
         with ctx:
             val = estimate_loss(raw_model, text_encoder, meta, eval_iters, batch_size, device,
-                                objective, distill_substeps)
+                                objective, draw_step)
         bar.clear()
         print0(f"iter {iter_num}: {describe_val(val, c)}", flush=True)
         log(iter=iter_num, **{'val_' + k: v for k, v in val.items()})

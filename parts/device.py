@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from configurator import UserError, rank_and_world
 
+IN_BACKGROUND = ('cuda',)      # see to_device
 # dense bfloat16 peak of a GPU in FLOP/s, for the fraction of it that a run reaches
 PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
               '4090': 165e12, '3090': 71e12}
@@ -56,10 +57,10 @@ def autocast(device, bf16):
 
 def to_device(x, device):
     """
-    A tensor of the CPU on the device. Only CUDA takes it in the background: elsewhere its memory
-    may be reused before it is read.
+    A tensor of the CPU on the device. Only CUDA may copy it in the background: others read its
+    memory after it was reused (pytorch#139550).
     """
-    return x.to(device, non_blocking=device.type == 'cuda')
+    return x.to(device, non_blocking=torch.device(device).type in IN_BACKGROUND)
 
 
 def compile_in_place(module, device):

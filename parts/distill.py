@@ -5,13 +5,15 @@ the student learns the clean latent that takes it to the same place in one.
 Progressive distillation as in the official code's branch `distillation` (utils/distill_utils.py,
 distill_train_step.py). train.py runs it: see config/owt_elf_b_pd.py.
 """
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from configurator import UserError
-from model import ELF, cross_entropy, noise_rows, velocity
+from model import ELF, Draws, cross_entropy, draw, noise_rows, velocity
 from parts.data import check_vocabulary
+from parts.device import to_device
 
 
 def load_teacher(config, meta, init_from):
@@ -31,6 +33,20 @@ def load_teacher(config, meta, init_from):
             raise UserError(f"teacher {source} has {k}={theirs}, its student would have {ours}; "
                             "they must be alike")
     return teacher
+
+
+@dataclass
+class StudentDraws(Draws):
+    stops: torch.Tensor         # (B, k+1), rising from 0 to 1: the teacher's k steps in a student's
+
+
+def draw_student(substeps, config, B, T, generator, device):
+    """model.draw, and where the teacher stops: its inner stops are drawn as t is."""
+    draws = draw(config, B, T, generator, device)
+    normal = torch.randn(B, substeps - 1, generator=generator)
+    inner = torch.sigmoid(config.t_mean + config.t_std * normal).sort(dim=1).values
+    stops = F.pad(F.pad(inner, (1, 0)), (0, 1), value=1.0)
+    return StudentDraws(**vars(draws), stops=to_device(stops, device))
 
 
 @torch.no_grad()

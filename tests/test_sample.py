@@ -12,7 +12,7 @@ import torch
 from test_model import golden, official, small  # noqa: F401, official is a fixture
 
 from configurator import UserError
-from parts.device import describe, pack_linears, pick_device
+from parts.device import pack_linears, pick_device
 from model import ELF, ELFConfig
 from sample import decode_ids, generate, resolve_sampling, sample_texts, time_grid
 
@@ -173,11 +173,10 @@ def test_auto_packs_what_it_says(fast, monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, 'is_available', lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: fast, raising=False)
     monkeypatch.setattr(torch.ops.mkldnn, '_reorder_linear_weight', reorder, raising=False)
-    device, bf16, name = pick_device('cpu', 'auto')
+    device, bf16, about = pick_device('cpu', 'auto')
     assert device == CPU and bf16 is fast
-    said = describe(device, bf16, name, 'auto')
-    assert said.endswith('bfloat16 autocast (fast here)' if fast else
-                         'float32 (no fast bfloat16 here)')
+    assert about.endswith('bfloat16 autocast (fast here)' if fast else
+                          'float32 (no fast bfloat16 here)')
     net = small()
     pack_linears(net, bf16)
     linears = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
