@@ -71,9 +71,9 @@ ABOVE_0 = ('val_fraction',)
 
 T5 = dict(tokenizer='t5-small', encoder='t5-small', letters_only=False)
 KNOWN = {
-    # 41,000 pairs, 1,000 of them set aside; a digit, a word: a token each
-    'numbers': dict(token_level='words', val_fraction=1 / 41),
-    'numbers_back': dict(token_level='words', val_fraction=1 / 41),
+    # 200,000 pairs and 1,000 unseen ones; a digit, a word: a token each
+    'numbers': dict(token_level='words', val_fraction=1 / 201),
+    'numbers_back': dict(token_level='words', val_fraction=1 / 201),
     # 9,737,184 rows of 850-1020 tokens
     'openwebtext': dict(T5, dataset='embedded-language-flows/openwebtext-t5', val_fraction=0.0005),
     'wmt14_de-en': dict(T5, dataset='embedded-language-flows/wmt14_de-en_train_t5',

@@ -72,11 +72,24 @@ def in_words(n):
     return f'{head} {in_words(rest)}' if rest else head
 
 
-def numbers(back=False, count=41_000):
-    """Rows of a number in digits and in words, or back; no number twice, 0 to 999,999."""
-    for n in random.Random(0).sample(range(1_000_000), count):
-        texts = (in_words(n), str(n)) if back else (str(n), in_words(n))
-        yield dict(zip(('input', 'target'), texts))
+def numbers(back=False):
+    """
+    Rows of a number below a million in digits and in words, or back: 200 to train on, then one that
+    is held out, a thousand times. Half of the former have a random count of digits, so that short
+    numbers are known, too, but for a tenth of them.
+    """
+    rng = random.Random(0)
+    held_out = rng.sample(range(1_000_000), 1000)
+    short = [n for k in (1, 2, 3, 4, 5) for n in rng.sample(range(10 ** k), 10 ** min(k - 1, 2))]
+    unseen = {*held_out, *short}
+    for last in held_out:
+        numbers = []
+        while len(numbers) < 200:
+            digits = rng.randint(1, 6) if len(numbers) % 2 else 6
+            numbers += {rng.randrange(10 ** digits)} - unseen
+        for n in (*numbers, last):
+            texts = (in_words(n), str(n)) if back else (str(n), in_words(n))
+            yield dict(zip(('input', 'target'), texts))
 
 # -------------------------------------------------------------------------------------------------
 # tokens

@@ -527,7 +527,7 @@ def test_test_files_only_where_they_are_named(make, tmp_path, tok):
     assert words_of(meta, 'val') == set(TEST.split())
     for name in ('test.txt', 'x_val.txt'):
         write(tmp_path / 'only' / name, TEST * 900)
-    with pytest.raises(UserError, match='nothing to train on|no data to train on.*test.txt.*x_val.txt'):
+    with pytest.raises(UserError, match='no data to train on.*test.txt.*x_val.txt'):
         make(tmp_path / 'only', *tok)
     # the folder's own path says nothing, and a file is named on purpose
     meta = make(tmp_path / 'set', f'--val_dataset={tmp_path / "only"}', *tok)
@@ -752,9 +752,10 @@ def test_a_little_text_in_one_line(make, tmp_path):
 
 
 def test_unknown_tokens_are_said(make, tmp_path, tok):
-    make(write(tmp_path / 'a.txt', 'abc ж\n' * 3000), '--letters_only=false', *tok)
-    assert 'WARNING: ' in make.out and '% of the tokens are <unk>' in make.out
-    make(write(tmp_path / 'b.txt', 'abc d\n' * 3000), '--letters_only=false', *tok)
+    args = ['--letters_only=false', '--pack=lines', *tok]
+    make(write(tmp_path / 'a.txt', 'abc ж\n' * 3000), *args)
+    assert 'WARNING: 16.7% of the tokens are <unk>' in make.out
+    make(write(tmp_path / 'b.txt', 'abc d\n' * 3000), *args)
     assert 'WARNING' not in make.out
 
 
@@ -780,7 +781,7 @@ def test_in_words(n, words):
 @pytest.mark.parametrize('name', ['numbers', 'numbers_back'])
 def test_numbers(make, name):
     meta = make(name)
-    assert meta['rows']['train'] >= 40_000 and meta['rows']['val'] == 1000
+    assert meta['rows'] == dict(train=200_000, val=1000)
     assert 'next: python train.py config/numbers.py' in make.out and 'WARNING' not in make.out
     code = AutoTokenizer.from_pretrained(meta['tokenizer'])
     seen = {split: {tuple(sum(row, [])) for row in rows_of(meta, split)}
@@ -795,6 +796,8 @@ def test_numbers(make, name):
         assert code.tokenize(digits) == list(digits)
 
 
+@pytest.mark.skipif(not os.path.exists(os.path.join(ROOT, 'config', 'numbers.py')),
+                    reason="needs config/numbers.py")
 def test_the_hint_for_own_pairs_runs(make, run, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     make(write(tmp_path / 'pairs.jsonl', PAIR_ROWS))
