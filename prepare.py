@@ -71,9 +71,9 @@ ABOVE_0 = ('val_fraction',)
 
 T5 = dict(tokenizer='t5-small', encoder='t5-small', letters_only=False)
 KNOWN = {
-    # 200,000 pairs and 1,000 unseen ones; a digit, a word: a token each
-    'numbers': dict(token_level='words', val_fraction=1 / 201),
-    'numbers_back': dict(token_level='words', val_fraction=1 / 201),
+    # 100,000 pairs and 1,000 unseen ones; a digit, a word: a token each
+    'numbers': dict(token_level='words', val_fraction=1 / 101),
+    'numbers_back': dict(token_level='words', val_fraction=1 / 101),
     # 9,737,184 rows of 850-1020 tokens
     'openwebtext': dict(T5, dataset='embedded-language-flows/openwebtext-t5', val_fraction=0.0005),
     'wmt14_de-en': dict(T5, dataset='embedded-language-flows/wmt14_de-en_train_t5',
@@ -123,82 +123,72 @@ class Source:
 
 def load_source():
     """What --dataset and --val_dataset name -> Source. UserError if it cannot be used."""
-    files, commit = find_files(dataset, revision)
-    commits = [commit]
+    splits, commit = find_files(dataset, revision)
+    files, commits = dict(train=splits['train'], val=splits['val']), [commit]
     if val_dataset:
-        at = revision if val_dataset == dataset else ''
-        other, commit = find_files(val_dataset, at, for_val=True)
-        files['val'] = other['train']
+        splits, commit = find_files(val_dataset, revision if val_dataset == dataset else '')
+        files['val'] = splits['val'] or splits['train'] or splits['test']
         commits.append(commit)
-    names = {split: choose_columns(paths) for split, paths in files.items() if paths}
-    for split in names:
-        print(f"{split}: {' and '.join(names[split])} of {shortened(files[split])}")
-    if len(set(names.values())) > 1:
-        raise UserError(f"train and val of {dataset} have different columns; they must be alike")
-    columns = names['train']
-    kind = 'texts' if len(columns) == 1 else 'pairs'
-    return Source('ids' if 'ids' in columns[-1] else kind, columns, files, commits)
+    elif splits['test']:
+        print(f"left out as test: {shortened(splits['test'])}")
+    if not files['train'] or val_dataset and not files['val']:
+        found = shortened(sum(splits.values(), [])) or 'no such file'
+        raise UserError(f"{dataset} has nothing to train on: wanted files not named test or "
+                        f"validation, {KINDS}; it has {found}")
+    columns = {split: choose_columns(paths) for split, paths in files.items() if paths}
+    for split, names in columns.items():
+        print(f"{split}: {' and '.join(names)} of {shortened(files[split])}")
+    names = columns['train']
+    if columns.get('val', names) != names:
+        raise UserError("train and val have different columns; they must be alike")
+    kind = 'texts' if len(names) == 1 else 'pairs'
+    return Source('ids' if 'ids' in names[-1] else kind, names, files, commits)
 
 
-def find_files(source, revision, for_val=False):
-    """
-    The files of what a setting names -> {'train': paths, 'val': paths}, commit of a hub id;
-    for_val: under 'train' what is to validate, test files only if there are no others.
-    """
+def find_files(source, revision):
+    """The files of what a setting names -> {'train', 'val', 'test': paths}, commit of a hub id."""
     address = re.match(r'https?://(?:huggingface\.co|hf\.co)/datasets/([^/]+/[^/?#]+)', source)
-    source, commit = address[1] if address else source, None
-    if source in MADE:
-        return dict(train=[source], val=[]), None
-    if not os.path.isdir(source) and os.path.isfile(source) != bool(kind_of(source)):
-        raise UserError(f"cannot read {source}: no such file, or none of {KINDS}")
-    if os.path.isfile(source):      # named exactly, it is taken whatever its name
-        return dict(train=[source], val=[]), None
-    folder = source
+    folder = source = address[1] if address else source
+    commit, splits = None, dict(train=[], val=[], test=[])
+    is_file = os.path.isfile(source)
+    if source in MADE or is_file and kind_of(source):   # a file is taken, whatever its name
+        return dict(splits, train=[source]), None
     if not os.path.isdir(source):
-        folder, commit = fetch(source, revision, for_val)
-    splits = dict(train=[], val=[], test=[])
+        if is_file or kind_of(source):
+            raise UserError(f"cannot read {source}: no such file, or none of {KINDS}")
+        folder, commit = fetch(source, revision)
     for split, path in list_files(source, folder):
         splits[split].append(path)
-    if for_val:
-        splits['train'], splits['val'] = splits['val'] or splits['train'] or splits['test'], []
-    if left_out := [path for path in splits.pop('test') if path not in splits['train']]:
-        print(f"{source}: left out as test: {shortened(left_out)}")
-    if not splits['train']:
-        raise UserError(f"{source} has no data to train on: expected {KINDS}, not named test or "
-                        f"validation; it has {shortened(left_out + splits['val']) or 'no such'}")
     return splits, commit
 
 
 def list_files(source, folder):
     """
-    Each file of a folder, or of its chosen part -> 'train', 'val' or 'test', path. UserError if
-    they are no single corpus.
+    Each file of a folder, or of its chosen part -> [(split, path)]. UserError if they are no single
+    corpus.
     """
     patterns = choose_configuration(source, folder)
-    inside = '' if subset == '.' or patterns else subset
-    if not os.path.isdir(os.path.join(folder, inside)):
+    top = os.path.join(folder, '' if subset == '.' or patterns else subset)
+    if not os.path.isdir(top):
         raise UserError(f"{source} has no {subset!r}; it has {shortened(os.listdir(folder))}")
-    found, kinds, folders = [], {}, set()
-    for path in sorted(glob.glob('**', root_dir=os.path.join(folder, inside), recursive=True)):
-        whole, name = os.path.join(folder, inside, path), os.path.basename(path)
-        if not os.access(whole, os.R_OK):
-            raise UserError(f"cannot read {whole}: no permission, or a link to nothing")
-        label = next((split for split, pattern in patterns if fnmatch(path, pattern)), None)
-        unwanted = NO_CORPUS.fullmatch(name) or patterns and label is None
-        if os.path.isdir(whole) or unwanted or not kind_of(name):
-            continue
-        split = split_of(f"{label or ''}/{path}")
-        found.append((split, whole))
-        if split != 'test':
-            kinds[kind_of(name)] = path
-        if split == 'train':
-            folders.add(os.path.dirname(path))
+    found = []
+    for name in sorted(glob.glob('**', root_dir=top, recursive=True)):      # linked folders, too
+        path = os.path.join(top, name)
+        if not os.access(path, os.R_OK):
+            raise UserError(f"cannot read {path}: no permission, or a link to nothing")
+        label = next((split for split, pattern in patterns if fnmatch(name, pattern)), None)
+        other = NO_CORPUS.fullmatch(os.path.basename(name)) or patterns and label is None
+        if os.path.isfile(path) and kind_of(path) and not other:
+            found.append((split_of(f"{label or ''}/{name}"), path))
+    kinds = {kind_of(path): path for split, path in found if split != 'test'}
     if len(kinds) > 1:
         raise UserError(f"{source} has files of several kinds, {' and '.join(kinds.values())}; "
                         "give one kind, or name one file itself")
-    if len(folders - {''}) > 1 and not patterns and not subset:
-        raise UserError(f"{source} has several folders to train on: {shortened(sorted(folders))}; "
-                        "choose one by --subset, or --subset=. for all")
+    folders = {os.path.dirname(path) for split, path in found if split == 'train'}
+    folders = sorted(os.path.relpath(at, top) for at in folders if not os.path.samefile(at, top))
+    if len(folders) > 1 and not patterns and not subset:
+        raise UserError(f"{source} has several folders to train on: {shortened(folders)}; choose "
+                        "one by --subset, or --subset=. for all")
     return found
 
 
@@ -226,12 +216,12 @@ def choose_configuration(source, folder):
     return patterns
 
 
-def fetch(source, revision, with_test):
+def fetch(source, revision):
     """The files of a hub id, which come from the cache if they are there -> folder, commit."""
     from huggingface_hub import snapshot_download
+    print(f"{source}: its files from the hub" + ", without those named test" * (not val_dataset))
     # 'test' as a word; the patterns' * crosses slashes
-    ignore = None if with_test else ['test[!a-z]*', '*[!a-z]test[!a-z]*']
-    print(f"{source}: its files from the hub" + ", without those named test" * (not with_test))
+    ignore = None if val_dataset else ['test[!a-z]*', '*[!a-z]test[!a-z]*']
     get = partial(snapshot_download, source, repo_type='dataset', revision=revision or None,
                   ignore_patterns=ignore)
     with from_hub("no dataset", source):

@@ -74,20 +74,21 @@ def in_words(n):
 
 def numbers(back=False):
     """
-    Rows of a number below a million in digits and in words, or back: 200 to train on, then one that
+    Rows of a number below a million in digits and in words, or back: 100 to train on, then one that
     is held out, a thousand times. Half of the former have a random count of digits, so that short
-    numbers are known, too, but for a tenth of them.
+    numbers are known, too, but for some of them.
     """
     rng = random.Random(0)
     held_out = rng.sample(range(1_000_000), 1000)
-    short = [n for k in (1, 2, 3, 4, 5) for n in rng.sample(range(10 ** k), 10 ** min(k - 1, 2))]
-    unseen = {*held_out, *short}
+    unseen = set(held_out)
+    for k in (1, 10, 100, 1000, 10_000):
+        unseen.update(rng.sample(range(k, 10 * k), min(k, 100)))
     for last in held_out:
-        numbers = []
-        while len(numbers) < 200:
-            digits = rng.randint(1, 6) if len(numbers) % 2 else 6
-            numbers += {rng.randrange(10 ** digits)} - unseen
-        for n in (*numbers, last):
+        drawn = []
+        while len(drawn) < 100:
+            digits = rng.randint(1, 6) if len(drawn) % 2 else 6
+            drawn += {rng.randrange(10 ** digits)} - unseen
+        for n in (*drawn, last):
             texts = (in_words(n), str(n)) if back else (str(n), in_words(n))
             yield dict(zip(('input', 'target'), texts))
 
