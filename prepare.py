@@ -94,7 +94,7 @@ KNOWN = {
                         revision='f54c09fd23315a6f9c86f9dc80f725de7d8f9c64'),
 }
 # what to train them with: one's own command line adds to it
-CONFIGS = {'pydocs': 'demo', 'numbers': 'numbers', 'openwebtext': 'owt_elf_b',
+CONFIGS = {'pydocs': 'pydocs', 'numbers': 'numbers', 'openwebtext': 'owt_elf_b',
            'wmt14_de-en': 'wmt14_de_en_elf_b', 'xsum': 'xsum_elf_b', 'tinystories': 'tinystories'}
 
 # --------------------------------------------------------------------------------------------------
@@ -102,10 +102,10 @@ CONFIGS = {'pydocs': 'demo', 'numbers': 'numbers', 'openwebtext': 'owt_elf_b',
 
 MADE = dict(pydocs=pydocs, numbers=numbers, numbers_back=partial(numbers, back=True))
 TABLES, TEXT_FILES = ('.parquet', '.arrow'), ('.jsonl', '.json', '.csv', '.tsv', '.txt')
-PACKED = ('.gz', '.bz2', '.xz', '.zip', '.zst')
+PACKED = ('.gz', '.bz2', '.xz', '.zip')
 KINDS = f"{', '.join(TABLES + TEXT_FILES)}, also compressed"
-# what save_to_disk and the hub leave beside the data, and legal texts
-NO_CORPUS = re.compile(r'(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow|'
+# hidden files, what save_to_disk and the hub leave beside the data, and legal texts
+NO_CORPUS = re.compile(r'\..*|(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow|'
                        r'(?i:(licen[sc]e|readme|notice|copying)(?![a-z]).*\.txt)')
 TEST_WORDS = {'test', 'tests', 'testing', 'testset'}
 VAL_WORDS = {'validation', 'valid', 'val', 'dev', 'eval', 'evaluation', 'holdout', 'heldout'}
@@ -171,15 +171,22 @@ def list_files(source, folder):
     top = os.path.join(folder, '' if subset == '.' or patterns else subset)
     if not os.path.isdir(top):
         raise UserError(f"{source} has no {subset!r}; it has {shortened(os.listdir(folder))}")
-    found = []
-    for name in sorted(glob.glob('**', root_dir=top, recursive=True)):      # linked folders, too
-        path = os.path.join(top, name)
-        if not os.access(path, os.R_OK):
-            raise UserError(f"cannot read {path}: no permission, or a link to nothing")
-        label = next((split for split, pattern in patterns if fnmatch(name, pattern)), None)
-        other = NO_CORPUS.fullmatch(os.path.basename(name)) or patterns and label is None
-        if os.path.isfile(path) and kind_of(path) and not other:
-            found.append((split_of(f"{label or ''}/{name}"), path))
+    found, seen = [], set()
+    for at, folders, files in os.walk(top, followlinks=True):
+        if os.path.realpath(at) in seen:        # by a link to a folder around it
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(at))
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        for name in folders + sorted(files):
+            path = os.path.join(at, name)
+            if not os.access(path, os.R_OK):
+                raise UserError(f"cannot read {path}: no permission, or a link to nothing")
+            inside = os.path.relpath(path, top)
+            label = next((split for split, pattern in patterns if fnmatch(inside, pattern)), None)
+            other = NO_CORPUS.fullmatch(name) or patterns and label is None
+            if os.path.isfile(path) and kind_of(path) and not other:
+                found.append((split_of(f"{label or ''}/{inside}"), path))
     kinds = {kind_of(path): path for split, path in found if split != 'test'}
     if len(kinds) > 1:
         raise UserError(f"{source} has files of several kinds, {' and '.join(kinds.values())}; "
@@ -201,18 +208,21 @@ def choose_configuration(source, folder):
     card = os.path.join(folder, CARD)
     if not os.path.isfile(card):
         return []
+    patterns = []
     with from_hub("cannot read", card):
         configs = (metadata_load(card) or {}).get('configs') or []
-    names = [config['config_name'] for config in configs]
+        names = [config['config_name'] for config in configs]
+        for config in configs:
+            inside = f"{config.get('data_dir')}/*" * ('data_dir' in config)
+            files = config.get('data_files') or inside
+            for entry in [files] if isinstance(files, str) else files:
+                entry = dict(split='', path=entry) if isinstance(entry, str) else entry
+                paths = [entry['path']] if isinstance(entry['path'], str) else entry['path']
+                if subset in ('', config['config_name']):
+                    patterns += [(entry['split'], path) for path in paths if path]
     if len(names) > 1 and subset not in names + ['.']:
         raise UserError(f"{source} has several configurations; choose one by --subset: "
                         f"{', '.join(names)}")
-    patterns = []
-    for config in configs:
-        if subset in ('', config['config_name']):
-            for files in config.get('data_files') or []:
-                paths = [files['path']] if isinstance(files['path'], str) else files['path']
-                patterns += [(files['split'], path) for path in paths]
     return patterns
 
 
@@ -656,7 +666,7 @@ def next_command(meta, asked):
     if encoder:
         config = 'wmt14_de_en_elf_b' if meta['conditional'] else 'owt_elf_b'
     else:
-        config = 'numbers' if meta['conditional'] else 'demo'
+        config = 'numbers' if meta['conditional'] else 'pydocs'
     return f"python train.py config/{config}.py{own}"
 
 

@@ -98,7 +98,7 @@ CHARS = ['--token_level=chars', '--encoder_layers=2']
 def test_a_text_file_end_to_end(make, tmp_path, text, args):
     meta = make(write(tmp_path / 'my.txt', text), *args)
     assert 'first row' in make.out
-    assert 'next: python train.py config/demo.py --dataset=my' in make.out
+    assert 'next: python train.py config/pydocs.py --dataset=my' in make.out
     tok = AutoTokenizer.from_pretrained(meta['tokenizer'])
     assert (tok.pad_token_id, tok.eos_token_id, tok.unk_token_id) == (0, 1, 2)
     assert len(tok) == meta['vocab_size']
@@ -435,7 +435,8 @@ def test_what_is_no_source(make, tmp_path, tok):
     (tmp_path / 'cut' / arrow).write_bytes((tmp_path / 'set' / arrow).read_bytes()[:700])
     (tmp_path / 'noise' / 'a.parquet').write_bytes(b'PAR1' + bytes(range(200)))
     for source, says in ((tmp_path / 'cut', 'not readable|no data|cut'),
-                         (tmp_path / 'empty', 'nothing to train on'), (tmp_path / 'noise', 'not readable'),
+                         (tmp_path / 'empty', 'nothing to train on'),
+                         (tmp_path / 'noise', 'not readable'),
                          (tmp_path / 'none', 'offline|hub'), ('./none', 'neither a folder')):
         with pytest.raises(UserError, match=says) as e:
             make(source, *tok)
@@ -705,6 +706,22 @@ def test_configurations_of_a_card(make, tmp_path, tok):
     assert words_of(make(tmp_path / 'set', '--subset=two', *tok), 'train') == set(TEST.split())
 
 
+@pytest.mark.parametrize('configs, args', [
+    ('[{config_name: default, data_files: "x/*"}]', []),
+    ('[{config_name: default, data_files: ["x/*.txt"]}]', []), ('[{config_name: default}]', ['.']),
+    ('[{config_name: a, data_dir: x}, {config_name: b, data_dir: y}]', ['a']),
+    ('[{config_name: x}, {config_name: y}]', ['x'])])
+def test_other_forms_of_cards(make, tmp_path, tok, configs, args):
+    save_text(tmp_path / 'set' / 'x' / 'a', 'txt', TRAIN)
+    save_text(tmp_path / 'set' / 'y' / 'val', 'txt', VAL)
+    write(tmp_path / 'set' / 'README.md', f'---\nconfigs: {configs}\n---\n')
+    meta = make(tmp_path / 'set', *[f'--subset={name}' for name in args], *tok)
+    assert words_of(meta, 'train') == set(TRAIN.split())
+    write(tmp_path / 'set' / 'README.md', '---\nconfigs: [\n---\n')
+    with pytest.raises(UserError, match='cannot read: .*README.md'):
+        make(tmp_path / 'set', *tok)
+
+
 def test_one_folder_per_language(make, tmp_path, tok):
     for name, content in (('de/a', TRAIN), ('en/a', VAL)):
         save_text(tmp_path / 'set' / name, 'txt', content)
@@ -723,7 +740,11 @@ def test_linked_folders_are_read_and_what_cannot_be_read_is_named(make, tmp_path
     save_text(tmp_path / 'set' / 'a', 'txt', TRAIN)
     (tmp_path / 'set' / 'more').symlink_to(tmp_path / 'elsewhere')
     both = set(f'{TRAIN} {VAL}'.split())
-    assert words_of(make(tmp_path / 'set', *tok), 'train') == both
+    once = make(tmp_path / 'set', *tok)
+    assert words_of(once, 'train') == both
+    (tmp_path / 'set' / 'again').symlink_to(tmp_path / 'set')       # endless, and read once
+    assert make(tmp_path / 'set', *tok)['rows'] == once['rows']
+    (tmp_path / 'set' / 'again').unlink()
     access = os.access
     for shut in ('more', 'a.txt'):      # root may read everything
         monkeypatch.setattr(os, 'access', lambda path, mode: not path.endswith(shut)
@@ -786,8 +807,9 @@ def test_numbers(make):
     code = AutoTokenizer.from_pretrained(meta['tokenizer'])
     seen = {split: {tuple(cond) for cond, _ in rows_of(meta, split)} for split in ('train', 'val')}
     assert len(seen['val']) == 1000 and not seen['train'] & seen['val']
-    # short numbers are known, too
-    assert [sum(len(ids) == k + 1 for ids in seen['train']) for k in (1, 2, 3)] == [9, 79, 799]
+    # one of each size first, the README's among them; short numbers are known, too
+    assert [row['input'] for row in references(meta)[:4]] == ['6', '42', '305', '4071']
+    assert [sum(len(ids) == k + 1 for ids in seen['train']) for k in (1, 2, 3)] == N123
     for row in references(meta):
         assert in_words(int(row['input'])) == row['target']
         for text in row.values():
