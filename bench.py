@@ -196,7 +196,7 @@ if __name__ == '__main__':
     c = MODELS[size]
     model = ELF(c).to(device)
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.02)
-    compiled = compile and compile_in_place(model, device)
+    compiled = compile and compile_in_place(model, device=device)
     report = dict(size=size, device=about, compile=compiled)
     print(f"device: {report['device']}, compile {'on' if compiled else 'off'}")
     print(f"{size}: {sum(p.numel() for p in model.parameters()):,} parameters")

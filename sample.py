@@ -280,7 +280,7 @@ if __name__ == '__main__':
     make_out_dir(out_dir)
     print(f"device: {name}")
     print("sampling: " + ', '.join(f'{k}={v}' for k, v in how.items()) + f", length {c.max_length}")
-    if not compile or not compile_in_place(model, device):
+    if not compile or not compile_in_place(model, device=device):
         pack_linears(model, bf16)
 
     frames = []

@@ -4,22 +4,18 @@ How ELF is trained. The settings below are the published recipe: ELF-B on OpenWe
     python train.py config/demo.py                                     # a CPU, minutes
     python train.py config/gpu_debug.py                                # one small GPU, minutes
     torchrun --nproc_per_node=8 train.py config/owt_elf_b.py           # one node of 8 GPUs
-    torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 \\
-             train.py config/owt_elf_b.py                              # two nodes, on the first
 """
-from configurator import UserError, configure, settings_of      # before torch: see there
+from configurator import UserError, configure       # before torch: see there
 
 import copy
-import importlib.util
 import math
-import os
 import signal
 import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from functools import partial
 
 import torch
@@ -31,9 +27,9 @@ from eval import describe_val, estimate_loss, plot_losses, write_few
 from model import (ELF, SIZES, ELFConfig, TextEncoder, compute_loss, draw, encode_rows,
                    estimate_flops)
 from parts import checkpoint as on_disk
-from parts.data import check_bins, check_vocabulary, get_rows, open_bins, row_seed, rows_at, to_json
-from parts.device import (PEAK_FLOPS, autocast, compile_in_place, gather, largest, mean_over_ranks,
-                          note_signals, print0, rank_and_world, signals, start)
+from parts.data import check_bins, check_vocabulary, get_rows, open_bins, row_seed, rows_at
+from parts.device import (TIME_IS_UP, autocast, compile_in_place, gather, mean_over_ranks,
+                          note_signals, peak_flops, print0, rank_and_world, should_stop, start)
 from parts.distill import distill_loss, draw_student, load_teacher
 from parts.muon import make_optimizer
 from sample import GRIDS, SAMPLERS
@@ -120,7 +116,6 @@ gradient_checkpointing = False      # a third more work, far less memory; ELF-L 
 seed = 42                   # of initial weights, row order and all draws
 
 # -------------------------------------------------------------------------------------------------
-# what is refused
 
 # configure() sees to these; other numbers start at 0
 CHOICES = dict(optimizer=('muon', 'adamw'), lr_schedule=('constant', 'cosine'), grid=GRIDS,
@@ -131,36 +126,24 @@ AT_LEAST_1 = ('batch_size', 'gradient_accumulation_steps', 'max_length', 'max_it
 AT_MOST_1 = ('t_eps', 'self_cond_prob', 'decoder_prob', 'drop_cond_prob', 'ema_decay')
 ABOVE_0 = ('t_eps', 'w_min', 'noise_scale', 'decoder_noise_scale')
 MAY_BE_NEGATIVE = ('t_mean', 'decoder_mean')
-TIME_IS_UP = 1000           # a reason to stop, beside the numbers of signals
+# and what each of these needs to be read at all
+READ_WITH = dict(
+    distill_steps='teacher', distill_substeps='teacher', cfg='max_input_length',
+    drop_cond_prob='max_input_length', ns_dtype='optimizer=muon', weight_decay='optimizer=adamw',
+    min_lr='lr_schedule=cosine', wandb_project='wandb_log')
 
 
-def check(config, world):
-    """UserError for settings that make no sense together, or that nothing would read."""
+def check(world):
+    """UserError for settings that make no sense together."""
     if n_embd % n_head or n_embd // n_head % 2:
         raise UserError(f"n_embd={n_embd} does not split into n_head={n_head} heads of even width")
     if w_min > w_max:
         raise UserError(f"w_min={w_min} must not exceed w_max={w_max}")
     if gradient_accumulation_steps % world:
-        raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} micro-batches "
-                        f"do not divide over {world} ranks; give a multiple of {world}")
+        raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} does not "
+                        f"divide over {world} ranks; give a multiple of {world}")
     if keep_interval % save_interval:
-        raise UserError(f"keep_interval={keep_interval} must be a multiple of "
-                        f"save_interval={save_interval}")
-    if wandb_log and importlib.util.find_spec('wandb') is None:
-        raise UserError("wandb_log=True, but wandb is not installed; pip install wandb, or drop it")
-    readers = {
-        'a teacher': (teacher, ('distill_steps', 'distill_substeps')),
-        'conditions, max_input_length above 0': (max_input_length, ('cfg', 'drop_cond_prob')),
-        "optimizer='muon'": (optimizer == 'muon', ('ns_dtype',)),
-        "optimizer='adamw'": (optimizer == 'adamw', ('weight_decay',)),
-        "lr_schedule='cosine'": (lr_schedule == 'cosine', ('min_lr',)),
-        'wandb_log': (wandb_log, ('wandb_project',))}
-    defaults = {name: default for name, (default, _) in settings_of(__file__).items()}
-    for reader, (is_there, names) in readers.items():
-        for name in names:
-            if not is_there and config[name] != defaults[name]:
-                raise UserError(f"{name}={config[name]!r} means something only with {reader}; "
-                                f"leave it at {defaults[name]!r}")
+        raise UserError(f"{keep_interval=} must be a multiple of {save_interval=}")
 
 
 def get_lr(i, config):
@@ -177,7 +160,7 @@ def get_lr(i, config):
 if __name__ == '__main__':
     config, started = configure(globals()), time.time()
     rank, world = rank_and_world()
-    check(config, world)
+    check(world)
     device, bf16, about = start(device, dtype)
     master, ctx = rank == 0, autocast(device, bf16)
 
@@ -195,23 +178,14 @@ if __name__ == '__main__':
                    ranks=world, device=device.type, bf16=bf16, bins=on_disk.fingerprint(meta))
 
     # ---- where to start: the first rank decides, all must find the same -------------------------
-    launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
     if master:
-        init_from = on_disk.where_to_start(init_from, out_dir, overwrite, launch)
+        init_from = on_disk.where_to_start(init_from, out_dir, overwrite)
     init_from = gather(init_from)[0]
-    iter_num, ckpt, path, notes = 0, None, '', []
+    iter_num, path, ckpt, notes, sizes = 0, '', None, [], {}
     if init_from == 'resume':
         path, ckpt = on_disk.newest_checkpoint(out_dir)
         iter_num, sizes, weights = ckpt['iter_num'], ckpt['model_args'], ckpt['model']
-        found = gather((os.path.basename(path), iter_num))
-        if len(set(found)) > 1:
-            raise UserError(f"the ranks see different checkpoints in {out_dir}: {found}; "
-                            "it must be one folder that all of them share")
         notes = on_disk.check_resume(path, ckpt, config)
-        lr_was, lr = get_lr(iter_num, ckpt['config']), get_lr(iter_num, config)
-        if lr_was != lr:
-            notes.append(f"the learning rate jumps from {lr_was:.2e} to {lr:.2e}: max_iters was "
-                         f"{ckpt['config']['max_iters']}, now {max_iters}")
     elif init_from != 'scratch':
         model = ELF.from_pretrained(init_from)
         check_vocabulary(meta, model.config, init_from)
@@ -221,11 +195,10 @@ if __name__ == '__main__':
     torch.manual_seed(seed)
     from_bins = ('vocab_size', 'latent_dim', 'encoder', 'tokenizer', 'latent_mean', 'latent_std')
     c = ELFConfig(**{f.name: config[f.name] for f in fields(ELFConfig) if f.name in config}
-                  | {name: meta[name] for name in from_bins})
-    if init_from != 'scratch':          # sizes are the weights', all else is this run's
-        c = replace(c, **{name: sizes[name] for name in SIZES})
+                  | {name: meta[name] for name in from_bins}
+                  | {name: sizes[name] for name in SIZES if sizes})     # of the weights, if any
     raw_model = ELF(c)
-    if init_from != 'scratch':
+    if sizes:
         raw_model.load_state_dict(weights)
     raw_model.to(device).gradient_checkpointing = gradient_checkpointing
     ema = copy.deepcopy(raw_model).eval().requires_grad_(False)
@@ -239,17 +212,12 @@ if __name__ == '__main__':
         opt.load_state_dict(ckpt['optimizer'])
     ckpt = weights = None       # their memory
     text_encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
-    if text_encoder.latent_dim != c.latent_dim:
-        raise UserError(f"encoder {c.encoder} is {text_encoder.latent_dim} wide, "
-                        f"{meta['dir']} was made with one of {c.latent_dim}")
-    objective, draw_step, frozen = compute_loss, draw, [text_encoder]
+    objective, draw_step, networks = compute_loss, draw, [raw_model, text_encoder]
     if teacher:
-        frozen.append(load_teacher(config, meta, init_from).to(device))
-        objective = partial(distill_loss, frozen[1], distill_steps)
+        networks.append(load_teacher(config, meta, init_from).to(device))
+        objective = partial(distill_loss, networks[-1], distill_steps)
         draw_step = partial(draw_student, distill_substeps)
-    compiled = compile and compile_in_place(raw_model, device)
-    for module in frozen if compiled else ():
-        module.compile(dynamic=False)
+    compiled = compile and compile_in_place(*networks, device=device)
     net = raw_model
     if world > 1:
         # no buffers to broadcast: a rank whose rows need no first guess skips that pass alone
@@ -262,36 +230,17 @@ if __name__ == '__main__':
                        for g in opt.param_groups)
     print0(f"device: {about}, ranks: {world}, compile {'on' if compiled else 'off'}")
     print0(f"model: {c.n_layer} layers of {c.n_embd}, {c.n_head} heads; parameters: {groups}")
-    print0(f"data: {meta['dir']}, {n_rows:,} rows, {meta['tokens']['train']:,} tokens; encoder "
-           f"{c.encoder}, latents {c.latent_dim} wide, mean {c.latent_mean:.3f}, "
-           f"std {c.latent_std:.3f}")
+    print0(f"data: {meta['dir']}, {n_rows:,} rows; encoder {c.encoder}, {c.latent_dim} wide")
     print0(f"step: {batch_size} rows * {gradient_accumulation_steps} micro-batches = "
            f"{rows_per_step} rows, {rows_per_step * max_length:,} tokens; {max_iters} iterations = "
            f"{max_iters * rows_per_step / n_rows:.2f} epochs, {warmup_iters} of warm-up, "
            f"peak lr {learning_rate:.2e}")
-    print0(f"start: {f'resumed {path} at iteration {iter_num}' if path else init_from}")
-    for note in notes:
-        print0('  ' + note)
-    if world > 1:
-        print0("stop: SIGTERM saves and stops; torchrun kills a save that takes longer than its "
-               "--shutdown-timeout, 30 s unless you say otherwise")
-    if master:
-        lock, metrics = on_disk.begin_run(out_dir, path, dict(
-            config=config, model_args=asdict(c), launch=launch, command=sys.argv,
-            torch=torch.__version__, python=sys.version))
-        if wandb_log:
-            import wandb
-            wandb.init(project=wandb_project, name=out_dir, config=config)
-
-    def log(**numbers):
-        if master:
-            metrics.write(to_json(numbers) + '\n')
-            if wandb_log:
-                wandb.log(numbers, step=numbers['iter'])
+    begin = f'resumed {path} at iteration {iter_num}' if path else init_from
+    print0(f"start: {begin}", *notes, sep='\n  ')
+    lock, log = on_disk.begin_run(out_dir, path, config, asdict(c))
 
     def next_batch(iter_num, micro_step):
-        """Rows and draws of a micro-batch. They follow from its number alone, so that a resumed
-        run, or one on another number of ranks, sees the same."""
+        """Rows and draws, by a micro-batch's number alone: the same resumed, or on more ranks."""
         number = iter_num * gradient_accumulation_steps + micro_step * world + rank
         rows = rows_at(n_rows, seed, number * batch_size, batch_size)
         batch = get_rows(meta, 'train', rows, c)
@@ -318,28 +267,20 @@ if __name__ == '__main__':
                 ema=ema.state_dict(), optimizer=opt.state_dict(), iter_num=iter_num,
                 rows_seen=iter_num * rows_per_step), keep_as=f'ckpt_{iter_num}.pt' if keep else '')
 
-    def should_stop():
-        """The number of a signal that any rank got, or TIME_IS_UP, or 0; the same on every rank."""
-        late = max_minutes and time.time() - started > 60 * max_minutes
-        return largest(signals[0][0] if signals else TIME_IS_UP if late else 0)
-
     def due(interval):
         return interval and (iter_num % interval == 0 or iter_num == max_iters)
 
     # ---- the loop -------------------------------------------------------------------------------
     flops = estimate_flops(c, max_length) * rows_per_step / world
-    peak = next((v for k, v in PEAK_FLOPS.items() if k in about and bf16), None)
-    peak = None if teacher else peak        # its passes are not estimated
-    bar = tqdm(total=max_iters, initial=iter_num, desc='training', unit='it',
-               disable=None if master else True)
-    saved = iter_num if path else -1
-    stopped, bad_steps, step_seconds = 0, 0, []
+    peak = None if teacher else peak_flops(about)       # a teacher's passes are not estimated
+    bar = tqdm(total=max_iters, initial=iter_num, desc='training', disable=None if master else True)
+    saved, stopped, bad_steps, step_seconds = iter_num if path else -1, 0, 0, []
     note_signals()
     if not path:
         validate()
     loader = ThreadPoolExecutor(1)
     batch = loader.submit(next_batch, iter_num, 0)
-    while iter_num < max_iters and not (stopped := should_stop()):
+    while iter_num < max_iters and not (stopped := should_stop(started, max_minutes)):
         t0 = time.perf_counter()
         lr = get_lr(iter_num, config)
         for group in opt.param_groups:
@@ -425,7 +366,7 @@ if __name__ == '__main__':
                f"next: python sample.py --out_dir={out_dir} --trace=8")
     if world > 1:
         dist.destroy_process_group()
-    if master:
+    if lock:
         lock.close()
     if 0 < stopped < TIME_IS_UP:
         sys.exit(128 + stopped)     # as shells have it

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import zipfile
 
@@ -16,7 +17,7 @@ import torch
 
 from configurator import UserError, from_hub, one_line
 from parts import device
-from parts.data import sha256
+from parts.data import sha256, to_json
 from parts.official import from_official_names, read_config_yml, read_sizes
 
 # -------------------------------------------------------------------------------------------------
@@ -142,7 +143,12 @@ MAY_CHANGE_ON_RESUME = (
 ORDER_OF_SUMS = ('ranks', 'device', 'bf16', 'compile', 'batch_size', 'gradient_accumulation_steps')
 
 
-def where_to_start(init_from, out_dir, overwrite, launch):
+def launch():
+    """What the processes of one torchrun share, over all its restarts."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
+
+
+def where_to_start(init_from, out_dir, overwrite):
     """Decide what init_from means here -> 'scratch', 'resume' or weights. Work is never lost."""
     names = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt')]
     there = [name for name in names if os.path.exists(name)]
@@ -152,7 +158,7 @@ def where_to_start(init_from, out_dir, overwrite, launch):
     settings = os.path.join(out_dir, 'settings.json')
     if there and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.exists(settings):
         with open(settings, encoding='utf-8') as f:
-            if json.load(f).get('launch') == launch:
+            if json.load(f).get('launch') == launch():
                 return 'resume'
     if there and init_from != 'resume' and not overwrite:
         raise UserError(f"{there[0]} is there already; go on with --init_from=resume, "
@@ -180,6 +186,10 @@ def check_resume(path, ckpt, config):
     UserError if a run would go on with other mathematics or on other data than its checkpoint's
     -> list of what else is not as it was, in words. config: settings, what runs them, the bins.
     """
+    found = device.gather((os.path.basename(path), ckpt['iter_num']))
+    if len(set(found)) > 1:
+        raise UserError(f"the ranks see different checkpoints in {os.path.dirname(path)}: {found}; "
+                        "it must be one folder that all of them share")
     data = ckpt.get('data', {})         # it stood apart, as did what ran them, in older versions
     was = ckpt['config'] | ckpt.get('layout', {})
     bins = was.get('bins') or data | data.get('checksums', {})
@@ -198,28 +208,48 @@ def check_resume(path, ckpt, config):
         raise UserError(f"{path} was trained with other settings: "
                         f"{'; '.join(changed[name] for name in other)}; "
                         "drop the override or choose another --out_dir")
+    notes = []
+    if 'max_iters' in differs and config['lr_schedule'] == 'cosine':
+        notes.append(f"{changed['max_iters']}: the cosine of the learning rate jumps")
     moved = [changed[name] for name in differs if name in ORDER_OF_SUMS]
     why = "the same rows a step, but sums in another order, so not bit for bit"
     if 'batch_size' in differs:
         why += ", and other draws for them"
-    return [f"{'; '.join(moved)}: {why}"] if moved else []
+    return notes + [f"{'; '.join(moved)}: {why}"] * bool(moved)
 
 
-def begin_run(out_dir, resumed, record):
+def begin_run(out_dir, resumed, config, model_args):
     """
     From here on files are written: lock out_dir, move the checkpoints of a run that is not resumed
-    aside, write settings.json -> the lock, metrics.jsonl to append to.
+    aside, write settings.json -> the lock, and log(iter=.., **numbers), a line of metrics.jsonl and
+    perhaps one for Weights & Biases. Only the first rank writes; the others' lock is None.
     """
+    if device.rank_and_world()[0]:
+        return None, lambda **numbers: None
+    if config['wandb_log']:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("wandb_log=True, but wandb is not installed; pip install wandb, "
+                            "or drop it") from None
     locked = lock(out_dir)
     for name in ('ckpt.pt', 'ckpt_prev.pt', 'metrics.jsonl'):
         path = os.path.join(out_dir, name)
         if not resumed and os.path.exists(path):
             os.replace(path, os.path.join(out_dir, 'old_' + name))
     with open(os.path.join(out_dir, 'settings.json'), 'w', encoding='utf-8') as f:
-        json.dump(record, f, indent=1)
+        json.dump(dict(config=config, model_args=model_args, launch=launch(), command=sys.argv,
+                       torch=torch.__version__, python=sys.version), f, indent=1)
     metrics = open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8', buffering=1)
     metrics.write('\n' if resumed else '')      # ends a line that a kill may have cut
-    return locked, metrics
+    if config['wandb_log']:
+        wandb.init(project=config['wandb_project'], name=out_dir, config=config)
+
+    def log(**numbers):
+        metrics.write(to_json(numbers) + '\n')
+        if config['wandb_log']:
+            wandb.log(numbers, step=numbers['iter'])
+    return locked, log
 
 # -------------------------------------------------------------------------------------------------
 # where: a file, a folder, the hub

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, rank_and_world
+from parts.process import UserError, rank_and_world
 
 IN_BACKGROUND = ('cuda',)      # see to_device
 # dense bfloat16 peak of a GPU in FLOP/s, for the fraction of it that a run reaches
@@ -51,6 +51,12 @@ def pick_device(device, dtype):
     return device, bf16, f"{device} ({name}), {'bfloat16 autocast' if bf16 else 'float32'} ({why})"
 
 
+def peak_flops(about):
+    """Of the GPU that pick_device named, in bfloat16; None if it is another, or float32."""
+    return next((peak for name, peak in PEAK_FLOPS.items()
+                 if name in about and 'bfloat16 autocast' in about), None)
+
+
 def autocast(device, bf16):
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -63,7 +69,7 @@ def to_device(x, device):
     return x.to(device, non_blocking=torch.device(device).type in IN_BACKGROUND)
 
 
-def compile_in_place(module, device):
+def compile_in_place(*modules, device):
     """module.compile() if this machine has a working compiler -> whether it does; or says so."""
     try:
         torch.compile(lambda x: (x + 1).sin())(torch.ones(8, device=device))
@@ -75,7 +81,8 @@ def compile_in_place(module, device):
     # each count of rows, with and without gradient, is a graph of its own; with symbols Inductor
     # can fail
     torch._dynamo.config.recompile_limit = 64
-    module.compile(dynamic=False)
+    for module in modules:
+        module.compile(dynamic=False)
     return True
 
 
@@ -151,15 +158,6 @@ def gather(x):
     return everyone
 
 
-def largest(number):
-    """The largest of every rank's whole number."""
-    if host_group is None:
-        return number
-    number = torch.tensor(number)
-    dist.all_reduce(number, dist.ReduceOp.MAX, group=host_group)
-    return number.item()
-
-
 def mean_over_ranks(losses):
     """{name: scalars on the device} of each rank -> {name: mean over all of them}; it waits."""
     mine = {name: torch.stack(values).tolist() for name, values in losses.items()}
@@ -172,6 +170,7 @@ def mean_over_ranks(losses):
 # -------------------------------------------------------------------------------------------------
 # signals: those that ask a run to stop
 
+TIME_IS_UP = 1000   # a reason to stop, beside the numbers of signals
 signals = []        # (number, when) of those that came
 saving = False      # whether a checkpoint is being written
 
@@ -192,3 +191,12 @@ def note_signals():
         number = getattr(signal, name, None)        # Windows has no SIGHUP; nohup ignores it
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, note)
+
+
+def should_stop(started, max_minutes):
+    """The number of a signal that any rank got, or TIME_IS_UP, or 0; the same on every rank."""
+    late = max_minutes and time.time() - started > 60 * max_minutes
+    reason = torch.tensor(signals[0][0] if signals else TIME_IS_UP if late else 0)
+    if host_group:
+        dist.all_reduce(reason, dist.ReduceOp.MAX, group=host_group)
+    return reason.item()

@@ -123,6 +123,20 @@ def test_a_student_resumes_bit_for_bit_and_takes_its_sampling_along(run, tiny, t
     assert (tmp_path / 'out' / 'samples.jsonl').read_text() == texts
 
 
+def test_teacher_and_substeps_are_those_asked_for(run, tiny, tmp_path):
+    """The first loss is of the same weights on the same rows: only what is learned from differs."""
+    for name, seed in (('a', 1), ('b', 2)):
+        run('train.py', *tiny, f'--out_dir={tmp_path}/{name}', '--max_iters=3', f'--seed={seed}')
+    first = {}
+    for teacher, substeps in (('a', 3), ('b', 3), ('a', 1)):
+        out = tmp_path / f'{teacher}{substeps}'
+        run('train.py', *tiny, f'--init_from={tmp_path}/a', f'--teacher={tmp_path}/{teacher}',
+            '--distill_steps=2', f'--distill_substeps={substeps}', f'--out_dir={out}',
+            '--max_iters=1', '--self_cond_prob=0', '--decoder_prob=0')
+        first[out.name] = next(row['loss'] for row in metrics(out) if 'loss' in row)
+    assert len(set(first.values())) == 3, first
+
+
 def test_another_teacher_of_a_resumed_student_is_refused(run, tiny, tmp_path):
     args = ['train.py', *tiny, f'--out_dir={tmp_path}/student', '--distill_steps=2',
             '--distill_substeps=2']
