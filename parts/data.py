@@ -19,7 +19,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from configurator import UserError, from_hub, one_line
+from parts.process import UserError, from_hub, one_line
 
 # -------------------------------------------------------------------------------------------------
 # bins
