@@ -30,8 +30,7 @@ FILES = ('train.bin', 'val.bin', 'train.idx.npy', 'val.idx.npy')
 def open_bins(data_dir, dataset, verify=False):
     """
     meta.json of a prepared set -> dict, with its folder as 'dir', tokenizer and encoder as names to
-    load. Sizes are checked against it; with verify offsets and checksums too. UserError if anything
-    does not fit.
+    load. Sizes are checked against it, with verify checksums too. UserError if anything differs.
     """
     folder = os.path.join(data_dir, dataset)
     finish_swap(data_dir, dataset)
@@ -46,11 +45,14 @@ def open_bins(data_dir, dataset, verify=False):
         for part in ('tokenizer', 'encoder'):       # trained or seeded ones lie beside the bins
             if os.path.isdir(os.path.join(folder, meta[part])):
                 meta[part] = os.path.join(folder, meta[part])
-        check_meta(meta)
         for split in ('train', 'val'):
-            check_split(meta, split, verify)
-    except UserError:
-        raise
+            ids, index = open_split(meta, split)
+            if [len(ids), *index.shape] != [meta['tokens'][split], meta['rows'][split], 2]:
+                raise ValueError(f"{split} has {len(ids)} tokens in {len(index)} rows, not what "
+                                 "meta.json speaks of")
+        for name in FILES if verify else ():
+            if sha256(os.path.join(folder, name)) != meta['checksums'][name]:
+                raise ValueError(f"{name} has another checksum")
     except PermissionError as e:
         raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
     except Exception as e:      # a damaged file can raise nearly anything
@@ -64,42 +66,6 @@ def finish_swap(data_dir, name):
     if os.path.isdir(old) and not os.path.exists(folder):
         with contextlib.suppress(FileNotFoundError):        # another rank was faster
             os.replace(old, folder)
-
-
-def check_meta(meta):
-    if meta['dtype'] not in ('uint16', 'uint32'):
-        raise ValueError(f"dtype {meta['dtype']!r}")
-    for key in ('pad_id', 'eos_id'):
-        if not 0 <= meta[key] < meta['vocab_size']:
-            raise ValueError(f"{key} {meta[key]} is not in the vocabulary of {meta['vocab_size']}")
-    if meta['latent_dim'] < 1 or meta['max_length'] < 1:
-        raise ValueError("latent_dim and max_length start at 1")
-    if not 0 < meta['latent_std'] < math.inf or not math.isfinite(meta['latent_mean']):
-        raise ValueError(f"latents of mean {meta['latent_mean']} and std {meta['latent_std']}")
-
-
-def check_split(meta, split, verify):
-    """A split's files have the sizes that meta.json speaks of; with verify, what is in them too."""
-    ids, index = open_split(meta, split)
-    rows, tokens = meta['rows'][split], meta['tokens'][split]
-    file = os.path.join(meta['dir'], f'{split}.bin')
-    size = os.path.getsize(file)
-    if size != tokens * ids.itemsize:
-        raise UserError(f"{file} has {size} bytes, meta.json speaks of {tokens} {meta['dtype']} "
-                        "tokens; prepare it again")
-    if index.shape != (rows, 2) or index.dtype != np.int64 or not len(index):
-        raise UserError(f"{meta['dir']}/{split}.idx.npy holds {index.shape} {index.dtype}, "
-                        f"meta.json speaks of {rows} rows; prepare it again")
-    if not verify:
-        return
-    offsets = np.append(index.reshape(-1), tokens)
-    if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any():
-        raise UserError(f"{meta['dir']}/{split}.idx.npy has offsets that do not rise from 0 to "
-                        f"{tokens}; prepare it again")
-    for name in (f'{split}.bin', f'{split}.idx.npy'):
-        if sha256(os.path.join(meta['dir'], name)) != meta['checksums'][name]:
-            raise UserError(f"{meta['dir']}/{name} is not what prepare.py wrote (checksum); "
-                            "prepare it again")
 
 
 def check_bins(meta, config):
@@ -173,30 +139,27 @@ def get_rows(meta, split, rows, c):
 def write_split(folder, split, rows, dtype, vocab_size, eos=None):
     """
     Stream (condition ids, target ids) to folder/<split>.bin and .idx.npy -> rows, tokens, longest
-    row. UserError for ids outside the vocabulary.
+    row. UserError for ids outside the vocabulary and, with eos, for ends that are something else.
     """
     index, tokens, longest = [np.empty((0, 2), np.int64)], 0, 0     # 16 bytes a row stay in memory
     with open(os.path.join(folder, f'{split}.bin'), 'wb') as f:
         for batch in batched(rows, 1000):
-            ids = np.concatenate([part for row in batch for part in row]).astype(np.int64)
-            cond = np.array([len(row[0]) for row in batch])
-            length = cond + [len(row[1]) for row in batch]
-            ends = np.cumsum(length)
-            outside = np.nonzero((ids < 0) | (ids >= vocab_size))[0]
-            if len(outside):
-                row = sum(map(len, index)) + np.searchsorted(ends, outside[0], side='right')
-                raise UserError(f"row {row} of {split} has token id {ids[outside[0]]}, the "
-                                f"vocabulary has {vocab_size}; is it this tokenizer's?")
-            # without a condition this looks at the end of the row before
-            last = ids[np.append(ends, ends - length + cond) - 1]
-            if eos is not None and (last != eos).any():
-                row = sum(map(len, index)) + np.argmax(last != eos) % len(batch)
-                raise UserError(f"row {row} of {split} has ids that do not end in EOS, {eos}; take "
+            parts = [part for row in batch for part in row]
+            lengths = np.array([len(part) for part in parts])
+            ids, ends = np.concatenate(parts).astype(np.int64), np.cumsum(lengths)
+            last = ends[lengths > 0] - 1
+            bad = (ids < 0) | (ids >= vocab_size)
+            bad[last] |= eos is not None and ids[last] != eos
+            if bad.any():
+                at = np.argmax(bad)
+                row = sum(map(len, index)) + np.searchsorted(ends[1::2], at, side='right')
+                raise UserError(f"row {row} of {split} has token id {ids[at]}; the vocabulary has "
+                                f"{vocab_size}, and condition and target end in EOS, {eos}: take "
                                 "padding off, add EOS, or name the tokenizer they are from")
             f.write(ids.astype(dtype).tobytes())
-            starts = tokens + ends - length
-            index.append(np.stack((starts, starts + cond), axis=1))
-            tokens, longest = tokens + len(ids), max(longest, int(length.max()))
+            index.append(tokens + (ends - lengths).reshape(-1, 2))
+            tokens += len(ids)
+            longest = max(longest, int(lengths.reshape(-1, 2).sum(1).max()))
     index = np.concatenate(index)
     np.save(os.path.join(folder, f'{split}.idx.npy'), index)
     return len(index), tokens, longest

@@ -61,21 +61,19 @@ TENS = 'twenty thirty forty fifty sixty seventy eighty ninety'.split()
 
 def in_words(n):
     """A number from 0 to 999,999 in English: 4071 -> 'four thousand seventy-one'."""
-    if n >= 1000:
-        head, rest = in_words(n // 1000) + ' thousand', n % 1000
-    elif n >= 100:
-        head, rest = BELOW_20[n // 100] + ' hundred', n % 100
-    elif n >= 20:
-        return TENS[n // 10 - 2] + (f'-{BELOW_20[n % 10]}' if n % 10 else '')
-    else:
+    for size, word in ((1000, 'thousand'), (100, 'hundred')):
+        if n >= size:
+            rest = f' {in_words(n % size)}' if n % size else ''
+            return f'{in_words(n // size)} {word}{rest}'
+    if n < 20:
         return BELOW_20[n]
-    return f'{head} {in_words(rest)}' if rest else head
+    return TENS[n // 10 - 2] + (f'-{BELOW_20[n % 10]}' if n % 10 else '')
 
 
 def numbers(back=False):
     """
     Rows of a number below a million in digits and in words, or back: 100 to train on, then one that
-    is held out, a thousand times. Half of the former have a random count of digits, so that short
+    is held out, a thousand times. A row's count of digits is the larger of two dice, so that short
     numbers are known, too, but for some of them.
     """
     rng = random.Random(0)
@@ -87,7 +85,7 @@ def numbers(back=False):
     for last in held_out:
         drawn = []
         while len(drawn) < 100:
-            digits = rng.randint(1, 6) if len(drawn) % 2 else 6
+            digits = max(rng.randint(1, 6), rng.randint(1, 6))
             drawn += {rng.randrange(10 ** digits)} - unseen
         for n in (*drawn, last):
             texts = (in_words(n), str(n)) if back else (str(n), in_words(n))
@@ -113,14 +111,11 @@ def train_tokenizer(texts, level, size):
                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
         tok.train_from_iterator(texts, trainer)
     else:
-        pattern = r'(?s).' if level == 'chars' else r'(?s)[ -]?[^\W\d_]+|.'
-        symbols = set()
-        for text in texts:
-            symbols.update(text if level == 'chars' else re.findall(pattern, text))
+        pattern = r'[\s\S]' if level == 'chars' else r'[ -]?[^\W\d_]+|[\s\S]'
+        symbols = {symbol for text in texts for symbol in re.findall(pattern, text)}
         ids = {symbol: i for i, symbol in enumerate(special + sorted(symbols))}
         tok = Tokenizer(models.WordLevel(ids, unk_token='<unk>'))
-        pattern = '' if level == 'chars' else Regex(pattern.removeprefix('(?s)'))
-        tok.pre_tokenizer = pre_tokenizers.Split(pattern, 'isolated')
+        tok.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), 'isolated')
         tok.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', eos_token='</s>',
                                    unk_token='<unk>', clean_up_tokenization_spaces=False)
