@@ -22,7 +22,6 @@ import json
 import os
 import re
 import shutil
-from fnmatch import fnmatch
 from functools import cache, partial
 from itertools import chain
 
@@ -94,107 +93,101 @@ KNOWN = {
 # what to train them with: one's own command line adds to it
 CONFIGS = {'pydocs': 'pydocs', 'numbers': 'numbers', 'openwebtext': 'owt_elf_b',
            'wmt14_de-en': 'wmt14_de_en_elf_b', 'xsum': 'xsum_elf_b', 'tinystories': 'tinystories'}
+# of other texts, and of other pairs: with an untrained encoder, with a trained one
+CONFIGS_OF_OWN = (('pydocs', 'owt_elf_b'), ('numbers', 'wmt14_de_en_elf_b'))
 
 # --------------------------------------------------------------------------------------------------
 # a source: files of one kind, by split
 
 MADE = dict(pydocs=pydocs, numbers=numbers, numbers_back=partial(numbers, back=True))
+CARD = 'README.md'
+CHECKED = (*FILES, 'tokenizer/tokenizer.json', 'encoder/model.safetensors')
 KINDS = ('parquet', 'arrow', 'jsonl', 'json', 'csv', 'tsv', 'txt')
 KIND = re.compile(rf"(?i).*\.({'|'.join(KINDS)})(\.gz|\.bz2|\.xz)?")
 # what save_to_disk and the hub leave beside the data, and legal texts
 NO_CORPUS = re.compile(r'(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow|'
                        r'(?i:(licen[sc]e|readme|notice|copying)(?![a-z]).*\.txt)')
-TEST_WORDS = {'test', 'tests', 'testing', 'testset'}
-VAL_WORDS = {'validation', 'valid', 'val', 'dev', 'eval', 'evaluation', 'holdout', 'heldout'}
+TEST_WORDS = set('test tests testing testset'.split())
+VAL_WORDS = set('validation valid val dev eval evaluation holdout heldout'.split())
 
 
 def load_source():
     """
-    What --dataset and --val_dataset name -> {'train', 'val': paths, perhaps none}, the columns to
-    read. UserError if it cannot be used.
+    What --dataset and --val_dataset name -> {'train', 'val', 'test': paths, perhaps none}, the
+    columns to read. UserError if it cannot be used.
     """
     files = find_files(dataset, revision)
     if val_dataset:
         other = find_files(val_dataset, '')
-        files = dict(train=files['train'], val=other['val'] or other['train'] or other['test'])
+        files.update(val=other['val'] or other['train'] or other['test'], test=[])
     if not files['train']:
-        raise UserError(f"{dataset} has nothing to train on, all is named test or validation: "
-                        f"{shortened(sum(files.values(), []))}")
-    found = {split: choose_columns(files[split]) for split in ('train', 'val') if files[split]}
-    for split, names in found.items():
-        print(f"{split}: {' and '.join(names)} of {shortened(files[split])}")
-    if files.get('test'):
-        print(f"left out as test: {shortened(files['test'])}")
-    if len(set(found.values())) > 1:
+        raise UserError(f"{dataset} has nothing to train on: wanted files {', '.join(KINDS)}, not "
+                        f"named test or validation; it has {shortened(sum(files.values(), []))}")
+    names = choose_columns(files['train'])
+    if files['val'] and choose_columns(files['val']) != names:
         raise UserError("train and val have different columns; they must be alike")
-    return files, found['train']
+    print(f"columns: {', '.join(names)}")
+    for split, paths in files.items():
+        print(f"{split}: {shortened(paths)}" + ", left out" * (split == 'test'))
+    return files, names
 
 
 def find_files(source, revision):
-    """The files of what a setting names -> {'train', 'val', 'test': paths}."""
+    """
+    The files of what a setting names -> {'train', 'val', 'test': paths}. UserError if they are no
+    single corpus.
+    """
     source = re.sub('https?://[^/]+/datasets/([^/]+/[^/?#]+).*', r'\1', source)
-    if kind_of(source) and not os.path.isdir(source):       # a file is taken, whatever its name
-        return dict(train=[source], val=[], test=[])
-    if os.path.exists(source):
-        return list_files(source, source)
-    from huggingface_hub import snapshot_download
-    print(f"{source}: its files from the hub, or from the cache if they are there")
-    get = partial(snapshot_download, source, repo_type='dataset', revision=revision or None)
-    with from_hub("no dataset", source):
-        card = choose_configuration(source, get(allow_patterns=['README.md']))
-        endings = [f'{in_subset()}.{kind}*' for kind in KINDS]
-        return list_files(source, get(allow_patterns=[path for _, path in card] or endings))
-
-
-def in_subset():
-    """A pattern of what lies in the folder that subset names."""
-    return os.path.normpath(os.path.join(subset, '*'))
-
-
-def choose_configuration(source, folder):
-    """
-    The files of the configuration that subset names, or of the only one, by the card of a dataset
-    -> [(split, pattern)], empty if it says nothing. UserError if there are several to choose from.
-    """
-    from datasets.data_files import sanitize_patterns
-    from huggingface_hub import metadata_load
-    card = os.path.join(folder, 'README.md')
-    with from_hub("cannot read", card):
-        found = metadata_load(card) if os.path.exists(card) else None
-        configs = {config['config_name']: config for config in (found or {}).get('configs', [])}
-        if len(configs) > 1 and subset not in configs:
-            raise UserError(f"{source} has several configurations; choose one by --subset: "
-                            f"{', '.join(configs)}")
-        config = configs.get(subset or ''.join(configs), {})
-        inside = [f"{config['data_dir']}/*"] if 'data_dir' in config else []
-        patterns = sanitize_patterns(config.get('data_files', inside))
-    return [(split, path) for split, paths in patterns.items() for path in paths]
-
-
-def list_files(source, folder):
-    """
-    The files of a folder, or of its chosen part -> {'train', 'val', 'test': paths}. UserError if
-    there are none, or if they are no single corpus.
-    """
-    card = choose_configuration(source, folder)
     files = dict(train=[], val=[], test=[])
-    for name in sorted(glob.glob('**', root_dir=folder, recursive=True)):       # nothing hidden
-        path = os.path.join(folder, name)
+    if kind_of(source) and not os.path.isdir(source):       # a file is taken, whatever its name
+        return files | dict(train=[source])
+    folder = source if os.path.exists(source) else fetch(source, revision)
+    chosen = read_card(folder)
+    top = os.path.join(folder, '' if chosen else subset)
+    if not os.path.exists(top):
+        raise UserError(f"{source} has no {subset!r}; it has {shortened(os.listdir(folder))}")
+    inside = sorted(glob.glob(f'{glob.escape(top)}/**', recursive=True))        # nothing hidden
+    for path in chosen or inside:
         if not os.access(path, os.R_OK):
             raise UserError(f"cannot read {path}: no permission, or a link to nothing")
-        labels = [split for split, pattern in card or [('', in_subset())] if fnmatch(name, pattern)]
-        if labels and kind_of(name) and not NO_CORPUS.fullmatch(os.path.basename(name)):
-            files[split_of(f'{labels[0]}/{name}')].append(path)
-    if not any(files.values()):
-        raise UserError(f"{source} has nothing to read: no {', '.join(KINDS)} for {subset=}; "
-                        f"it has {shortened(os.listdir(folder))}")
+        if kind_of(path) and not NO_CORPUS.fullmatch(os.path.basename(path)):
+            split = split_of(f"{chosen.get(path, '')}/{os.path.relpath(path, folder)}")
+            files[split].append(path)
     kinds = {kind_of(path) for path in files['train'] + files['val']}
-    folders = {os.path.dirname(path) for path in files['train'] if not card and not subset}
+    folders = {os.path.dirname(path) for path in files['train'] if not chosen and not subset}
     for mixed in (kinds, folders):
         if len(mixed) > 1:
             raise UserError(f"{source} has {' and '.join(sorted(mixed))}; choose a folder by "
                             "--subset, --subset=. for all of one kind, or name one file itself")
     return files
+
+
+def fetch(source, revision):
+    """The files of a hub id, from the cache if they are there -> folder."""
+    from huggingface_hub import snapshot_download
+    print(f"{source}: its files from the hub")
+    inside = subset.strip('.')
+    patterns = [f'*{inside}*.{kind}*' for kind in KINDS]
+    with from_hub("no dataset", source):
+        return snapshot_download(source, repo_type='dataset', revision=revision or None,
+                                 allow_patterns=[CARD, *patterns])
+
+
+def read_card(folder):
+    """
+    The files of the configuration that subset names, or of the only one, by the card of a dataset
+    -> {path: split}, empty if it has none. UserError if there are several to choose from.
+    """
+    from datasets import load_dataset_builder
+    from huggingface_hub import metadata_load
+    card = os.path.join(folder, CARD)
+    if not os.path.exists(card):
+        return {}
+    with from_hub("cannot read, or choose by --subset", card):
+        if 'configs' not in (metadata_load(card) or {}):
+            return {}
+        splits = load_dataset_builder(folder, subset or None).config.data_files
+    return {path: split for split, paths in splits.items() for path in paths}
 
 
 def kind_of(path):
@@ -217,10 +210,9 @@ def shortened(names):
 # files to what stands in their rows, streamed
 
 # names of columns that mean something, and names that may or may not be meant
-READINGS = (('condition_input_ids', 'input_ids'), ('input_ids',), ('text',), ('input', 'output'),
-            ('source', 'target'), ('input', 'target'), ('source', 'output'),
-            ('document', 'summary'))
-UNCLEAR = {'instruction', 'prompt', 'completion', 'question', 'answer', 'response', 'chosen'}
+READINGS = ('condition_input_ids,input_ids', 'input_ids', 'text', 'input,output', 'source,target',
+            'input,target', 'source,output', 'document,summary')
+UNCLEAR = set('instruction prompt completion question answer response chosen'.split())
 END_OF_TEXT = '<|endoftext|>'
 say_once = cache(tqdm.write)        # a file is read up to three times
 
@@ -231,17 +223,17 @@ def choose_columns(paths):
     if it can be read in several ways.
     """
     where, row = next(chain.from_iterable(map(read_rows, paths)), ('', dict(text='')))
-    readings = [names for names in READINGS if row.keys() >= set(names)]
-    if 'input_ids' in row and 'text' not in row:    # beside ids stand the pairs that they are of
+    has = row.keys()
+    readings = [] if UNCLEAR & has else [
+        reading for reading in READINGS if has >= set(reading.split(','))]
+    if 'input_ids' in has and 'text' not in has:    # beside ids stand the pairs that they are of
         readings = readings[:1]
-    if columns:
-        readings = [tuple(columns.split(','))]
-    elif UNCLEAR & row.keys():
-        readings = []
-    if len(readings) != 1 or len(readings[0]) > 2 or not set(readings[0]) <= row.keys():
+    reading, *others = [columns] if columns else readings or ['']
+    names = tuple(reading.split(','))
+    if others or len(names) > 2 or not has >= set(names):
         raise UserError(f"{where} has the columns {', '.join(row)}; say which to read, such as "
                         "--columns=text, or condition and target: --columns=prompt,completion")
-    return readings[0]
+    return names
 
 
 def read_rows(file, names=()):
@@ -428,13 +420,11 @@ def cut_rows(texts, tok, max_length):
     """One text a row, closed by EOS; what does not fit into max_length ids is cut off, aloud."""
     cut = 0
     for batch in batched(texts, 256):
-        for ids in encode([text.strip() for text in batch], tok)['input_ids']:
-            if ids:
-                yield ids[:max_length - 1] + [tok.eos_token_id]
-                cut += len(ids) >= max_length
+        for ids in filter(None, encode([text.strip() for text in batch], tok)['input_ids']):
+            yield ids[:max_length - 1] + [tok.eos_token_id]
+            cut += len(ids) >= max_length
     if cut:
-        tqdm.write(f"{cut:,} texts have more than max_length={max_length} tokens; the rest of "
-                   "them is left out")
+        tqdm.write(f"{cut:,} texts are cut off at max_length={max_length} tokens")
 
 
 def make_rows(items, names, tok, pack, max_length):
@@ -447,24 +437,10 @@ def make_rows(items, names, tok, pack, max_length):
             ids = encode(list(chain.from_iterable(batch)), tok)['input_ids']
             rows = [row + [eos] for row in ids]
             yield from zip(rows[::2], rows[1::2])
-    elif pack in ('texts', 'lines'):
-        yield from (((), row) for row in cut_rows(items, tok, max_length))
     else:
-        yield from (((), row) for row in pack_rows(split_pieces(items, tok, pack), max_length, eos))
-
-
-def write_splits(folder, files, names, tok, dtype):
-    """train and val to bins -> {split: n} of rows, of tokens, of the longest row."""
-    counts = {}
-    for split in ('train', 'val'):
-        rows = make_rows(read_split(files, names, split), names, tok, pack, max_length)
-        rows = tqdm(rows, desc=split, unit=' rows', disable=None)
-        counts[split] = write_split(folder, split, rows, dtype, len(tok), tok.eos_token_id)
-        if not counts[split][0]:
-            raise UserError(f"{dataset} is too little: no rows for {split}; give more, a larger "
-                            "val_fraction, or keep more than a-z with --letters_only=false "
-                            f"(--pack=texts needs {END_OF_TEXT} in a .txt)")
-    return [dict(zip(counts, column)) for column in zip(*counts.values())]
+        rows = (cut_rows(items, tok, max_length) if pack in ('texts', 'lines') else
+                pack_rows(split_pieces(items, tok, pack), max_length, eos))
+        yield from (((), row) for row in rows)
 
 
 def write_references(folder, files, names, tok):
@@ -494,11 +470,43 @@ def measure_latents(text_encoder, meta):
 # --------------------------------------------------------------------------------------------------
 # before and after
 
+def make_set(folder, files, names, settings):
+    """All of a set but meta.json -> meta, its tokenizer."""
+    tok = find_tokenizer(folder, files, names)
+    text_encoder = TextEncoder(encoder) if encoder else None
+    if encoder and text_encoder.model.config.vocab_size < len(tok):
+        raise UserError(f"encoder {encoder} knows {text_encoder.model.config.vocab_size} ids, "
+                        f"the tokenizer has {len(tok)}; take the encoder's own tokenizer")
+    meta = dict(dir=folder, format=1, dtype='uint16' if len(tok) <= 65536 else 'uint32',
+                tokenizer=tokenizer or 'tokenizer', encoder=encoder or 'encoder',
+                vocab_size=len(tok), pad_id=tok.pad_token_id, eos_id=tok.eos_token_id,
+                conditional=len(names) == 2, max_length=0, rows={}, tokens={}, columns=names,
+                source=settings, first_file=files['train'][0])      # of the hub: with its commit
+    for split in ('train', 'val'):
+        rows = make_rows(read_split(files, names, split), names, tok, pack, max_length)
+        rows = tqdm(rows, desc=split, unit=' rows', disable=None)
+        written = write_split(folder, split, rows, meta['dtype'], len(tok), tok.eos_token_id)
+        meta['rows'][split], meta['tokens'][split], longest = written
+        meta['max_length'] = max(meta['max_length'], longest)
+        if not meta['rows'][split]:
+            raise UserError(f"{dataset} is too little: no rows for {split}; give more, a larger "
+                            "val_fraction, or --letters_only=false, which keeps more than a-z "
+                            f"(--pack=texts needs {END_OF_TEXT} in a .txt)")
+    if len(names) == 2:
+        write_references(folder, files, names, tok)
+    if not encoder:
+        save_encoder(f'{folder}/encoder', meta, encoder_dim, encoder_layers, seed)
+        text_encoder = TextEncoder(f'{folder}/encoder')
+    std = latent_std or 0.2 * (encoder in ('t5-small', 'google-t5/t5-small'))       # published
+    mean, std = (0.0, std) if std else measure_latents(text_encoder, meta)
+    meta.update(latent_dim=text_encoder.latent_dim, latent_mean=mean, latent_std=std)
+    return meta, tok
+
 def check():
     """All that is refused before anything is read; a set that a kill left aside is put back."""
     if max_length < 2:
         raise UserError("max_length starts at 2, as EOS is one of a row's tokens")
-    if name != os.path.basename(name) or name in ('', '.', '..'):
+    if not re.fullmatch(r'[^./\\][^/\\]*', name):
         raise UserError(f"name={name!r}: must be one folder's name, without slashes; "
                         "--data_dir says where")
     finish_swap(data_dir, name)
@@ -518,32 +526,25 @@ def swap_in(folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def show(meta, tok):
-    """Print what the user should have now: sizes, the first rows as text, what was lost."""
-    for split in ('train', 'val'):
+def show(meta, tok, asked):
+    """Print what the user should have now, what was lost, and what to run; asked: --dataset."""
+    for split in ('val', 'train'):
         ids, index = open_split(meta, split)
         first = tok.batch_decode(read_row(ids, index, 0), skip_special_tokens=True)
-        print(f"{ids.filename}: {len(index):,} rows, {len(ids):,} tokens; first row: "
-              + ' -> '.join(repr(text[:100]) for text in first if text))
+        print(f"{ids.filename}: {len(index):,} rows, {len(ids):,} tokens; the first row: "
+              + ' -> '.join(filter(None, first))[:200])
         unknown = np.mean(ids[:10_000_000] == tok.unk_token_id)
         if unknown > 0.01:
             print(f"  WARNING: {unknown:.1%} of the tokens are {tok.unk_token}, their text lost; "
                   "without --tokenizer one is trained on this text")
-    print(f"tokenizer: {tokenizer or token_level}, {len(tok)} ids; encoder: "
-          f"{encoder or 'untrained'}, {meta['latent_dim']} wide, latents of mean "
+    print(f"{len(tok)} tokens; latents {meta['latent_dim']} wide, of mean "
           f"{meta['latent_mean']:.4f} and std {meta['latent_std']:.4f}")
-
-
-def next_command(meta, asked):
-    """What to run on the new set; asked: --dataset."""
-    if asked == name in CONFIGS:
-        return f"python train.py config/{CONFIGS[name]}.py"
-    own = f"--dataset={name} --out_dir=out/{name} --max_length={meta['max_length']}"
-    config = 'owt_elf_b' if encoder else 'pydocs'
-    if meta['conditional']:
-        config = 'wmt14_de_en_elf_b' if encoder else 'numbers'
-        own += f" --max_input_length={np.diff(open_split(meta, 'train')[1]).max()}"
-    return f"python train.py config/{config}.py {own}"
+    known = asked == name in CONFIGS
+    made, published = CONFIGS_OF_OWN[meta['conditional']]
+    config = CONFIGS[name] if known else published if encoder else made
+    own = (f" --dataset={name} --out_dir=out/{name} --max_length={meta['max_length']} "
+           f"--max_input_length={np.diff(index).max()}") * (not known)
+    print(f"next: python train.py config/{config}.py{own}")
 
 
 if __name__ == '__main__':
@@ -561,32 +562,10 @@ if __name__ == '__main__':
     folder = os.path.join(data_dir, f'.{name}.tmp-{os.getpid()}')
     try:
         os.makedirs(folder)
-        tok = find_tokenizer(folder, files, names)
-        text_encoder = TextEncoder(encoder) if encoder else None
-        if encoder and text_encoder.model.config.vocab_size < len(tok):
-            raise UserError(f"encoder {encoder} knows {text_encoder.model.config.vocab_size} ids, "
-                            f"the tokenizer has {len(tok)}; take the encoder's own tokenizer")
-        dtype = 'uint16' if len(tok) <= 65536 else 'uint32'
-        rows, tokens, longest = write_splits(folder, files, names, tok, dtype)
-        if len(names) == 2:
-            write_references(folder, files, names, tok)
-        meta = dict(format=1, dtype=dtype, tokenizer=tokenizer or 'tokenizer', vocab_size=len(tok),
-                    pad_id=tok.pad_token_id, eos_id=tok.eos_token_id, encoder=encoder or 'encoder',
-                    conditional=len(names) == 2, max_length=max(longest.values()), rows=rows,
-                    tokens=tokens, source={key: globals()[key] for key in settings},
-                    first_file=files['train'][0], columns=names)    # of the hub: with its commit
-        here = dict(meta, dir=folder)
-        if not encoder:
-            save_encoder(f'{folder}/encoder', here, encoder_dim, encoder_layers, seed)
-            text_encoder = TextEncoder(f'{folder}/encoder')
-        std = latent_std or 0.2 * (encoder in ('t5-small', 'google-t5/t5-small'))   # published
-        mean, std = (0.0, std) if std else measure_latents(text_encoder, here)
+        meta, tok = make_set(folder, files, names, {key: globals()[key] for key in settings})
         # also of our own tokenizer and encoder: a resume sees if one was made anew
-        own = ['tokenizer/tokenizer.json'] * (not tokenizer)
-        own += ['encoder/model.safetensors'] * (not encoder)
-        sums = {file: sha256(os.path.join(folder, file)) for file in (*FILES, *own)}
-        meta.update(latent_dim=text_encoder.latent_dim, latent_mean=mean, latent_std=std,
-                    checksums=sums)
+        meta['checksums'] = {file: sha256(os.path.join(folder, file)) for file in CHECKED
+                             if os.path.exists(os.path.join(folder, file))}
         with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
             json.dump(meta, f, indent=1)
         swap_in(folder)
@@ -595,7 +574,4 @@ if __name__ == '__main__':
                         "what was there before is intact") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-    meta = open_bins(data_dir, name)
-    show(meta, tok)
-    print(f"next: {next_command(meta, asked)}")
+    show(open_bins(data_dir, name), tok, asked)

@@ -11,7 +11,6 @@ A row is condition then target, each with its EOS; unconditional rows have an em
 import contextlib
 import hashlib
 import json
-import math
 import os
 from functools import lru_cache
 from itertools import islice
@@ -34,10 +33,6 @@ def open_bins(data_dir, dataset, verify=False):
     """
     folder = os.path.join(data_dir, dataset)
     finish_swap(data_dir, dataset)
-    for name in ('meta.json', *FILES):
-        if not os.path.isfile(os.path.join(folder, name)):
-            raise UserError(f"{os.path.join(folder, name)} not found; run: python prepare.py "
-                            f"--dataset={dataset}, or the command at the top of its config file")
     try:
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
             meta = json.load(f)
@@ -53,6 +48,9 @@ def open_bins(data_dir, dataset, verify=False):
         for name in FILES if verify else ():
             if sha256(os.path.join(folder, name)) != meta['checksums'][name]:
                 raise ValueError(f"{name} has another checksum")
+    except FileNotFoundError as e:
+        raise UserError(f"{e.filename} not found; run: python prepare.py --dataset={dataset}, or "
+                        "the command at the top of its config file") from None
     except PermissionError as e:
         raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
     except Exception as e:      # a damaged file can raise nearly anything
@@ -75,12 +73,9 @@ def check_bins(meta, config):
         if config[part] not in ('', meta[part]):
             raise UserError(f"{meta['dir']} was made with {part} {meta[part]}, this run asks for "
                             f"{config[part]}; prepare it again or drop --{part}")
-    if meta.get('conditional') and not input_length:
-        raise UserError(f"{meta['dir']} has conditions, max_input_length is 0; "
-                        "give the number of condition tokens to keep")
-    if input_length and not meta.get('conditional'):
-        raise UserError(f"{meta['dir']} has no conditions, max_input_length is {input_length}; "
-                        "set it to 0")
+    if bool(input_length) != meta.get('conditional', False):
+        raise UserError(f"{meta['dir']} has {'no ' * bool(input_length)}conditions, but "
+                        f"max_input_length is {input_length}: the condition tokens to keep, or 0")
     if meta['max_length'] > length and not input_length:
         raise UserError(f"{meta['dir']} has rows of {meta['max_length']} tokens, max_length is "
                         f"{length}; raise it or prepare shorter rows")
@@ -271,13 +266,8 @@ def read_inputs(file):
 
 def to_json(x):
     """A dict -> one line of JSON, which has no nan: null."""
-    def plain(x):
-        if isinstance(x, dict):
-            return {k: plain(v) for k, v in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [plain(v) for v in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-    return json.dumps(plain(x), ensure_ascii=False)
+    plain = json.loads(json.dumps(x), parse_constant=lambda _: None)
+    return json.dumps(plain, ensure_ascii=False)
 
 
 def write_jsonl(file, rows):
