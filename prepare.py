@@ -16,7 +16,6 @@ with the data. A set appears under its name whole or not at all.
 """
 from configurator import UserError, configure, from_hub       # first: see there
 
-import csv
 import glob
 import json
 import os
@@ -236,7 +235,7 @@ def choose_columns(paths):
     return names
 
 
-def read_rows(file, names=()):
+def read_rows(file, names=('',)):
     """The rows of a file -> (where they stand, for messages; {column: value}, names at least)."""
     kind = kind_of(file)
     if kind == 'jsonl':
@@ -252,17 +251,20 @@ def read_rows(file, names=()):
 
 def read_table(file, kind, names):
     """The rows of a table as dicts, with these columns if it has them; lists are arrays."""
+    import datasets
+    import pandas
     if kind in ('csv', 'tsv'):      # `datasets` would take "NA" for nothing, "1" for a number
-        csv.field_size_limit(1 << 30)
-        yield from csv.DictReader(read_lines(file), delimiter=',' if kind == 'csv' else '\t')
-        return
-    import datasets     # streamed, as the pages of a mapped file would count as memory
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)       # errors are one line of ours
-    rows = datasets.load_dataset(kind, data_files=glob.escape(file), split='train', streaming=True)
-    for table in rows.with_format('arrow').iter(1000):
-        if names and set(names) <= set(table.column_names):
-            table = table.select(names)
-        yield from table.to_pandas().to_dict('records')
+        frames = pandas.read_csv(file, sep=',' if kind == 'csv' else '\t', dtype=str,
+                                 keep_default_na=False, chunksize=1000)
+    else:
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # errors are one line of ours
+        rows = datasets.load_dataset(kind, data_files=glob.escape(file), split='train',
+                                     streaming=True)    # the pages of a mapped file are memory
+        if set(names) <= set(rows.features or ()):
+            rows = rows.select_columns(list(names))
+        frames = (table.to_pandas() for table in rows.with_format('arrow').iter(1000))
+    for frame in frames:
+        yield from frame.to_dict('records')
 
 
 def read_values(file, names):
@@ -446,13 +448,15 @@ def make_rows(items, names, tok, pack, max_length):
 def write_references(folder, files, names, tok):
     """val.jsonl: the texts of the validation pairs, for samples, BLEU and ROUGE."""
     texts = ('input', 'target')
-    if 'ids' in names[-1]:
-        _, first = next(read_rows((files['val'] or files['train'])[0]))
-        names = texts if first.keys() >= set(texts) else names
-    pairs = read_split(files, names, 'val')
-    if 'ids' in names[-1]:
+    _, first = next(read_rows((files['val'] or files['train'])[0]))
+    if 'ids' not in names[-1]:
+        pairs = read_split(files, names, 'val')
+    elif first.keys() >= set(texts):
+        pairs = read_split(files, texts, 'val')
+    else:
         print("val.jsonl: the set has no texts, so what its tokenizer makes of the ids")
-        pairs = (tok.batch_decode(pair, skip_special_tokens=True) for pair in pairs)
+        pairs = (tok.batch_decode(pair, skip_special_tokens=True)
+                 for pair in read_split(files, names, 'val'))
     write_jsonl(os.path.join(folder, 'val.jsonl'), (dict(zip(texts, pair)) for pair in pairs))
 
 # --------------------------------------------------------------------------------------------------
@@ -537,8 +541,6 @@ def show(meta, tok, asked):
         if unknown > 0.01:
             print(f"  WARNING: {unknown:.1%} of the tokens are {tok.unk_token}, their text lost; "
                   "without --tokenizer one is trained on this text")
-    print(f"{len(tok)} tokens; latents {meta['latent_dim']} wide, of mean "
-          f"{meta['latent_mean']:.4f} and std {meta['latent_std']:.4f}")
     known = asked == name in CONFIGS
     made, published = CONFIGS_OF_OWN[meta['conditional']]
     config = CONFIGS[name] if known else published if encoder else made

@@ -136,7 +136,7 @@ def write_split(folder, split, rows, dtype, vocab_size, eos=None):
     Stream (condition ids, target ids) to folder/<split>.bin and .idx.npy -> rows, tokens, longest
     row. UserError for ids outside the vocabulary and, with eos, for ends that are something else.
     """
-    index, tokens, longest = [np.empty((0, 2), np.int64)], 0, 0     # 16 bytes a row stay in memory
+    index, tokens = [np.empty((0, 2), np.int64)], 0     # 16 bytes a row stay in memory
     with open(os.path.join(folder, f'{split}.bin'), 'wb') as f:
         for batch in batched(rows, 1000):
             parts = [part for row in batch for part in row]
@@ -154,10 +154,9 @@ def write_split(folder, split, rows, dtype, vocab_size, eos=None):
             f.write(ids.astype(dtype).tobytes())
             index.append(tokens + (ends - lengths).reshape(-1, 2))
             tokens += len(ids)
-            longest = max(longest, int(lengths.reshape(-1, 2).sum(1).max()))
     index = np.concatenate(index)
     np.save(os.path.join(folder, f'{split}.idx.npy'), index)
-    return len(index), tokens, longest
+    return len(index), tokens, int(np.diff(index[:, 0], append=tokens).max(initial=0))
 
 
 def sha256(path):
@@ -212,10 +211,8 @@ def cut_at_eos(ids, eos):
 
 def printable(text):
     """For the terminal: one line, without control characters, which could move the cursor."""
-    shown = ''
-    for ch in text:
-        shown += ch if ch.isprintable() else ' ' if ch.isspace() else f"\\x{ord(ch):02x}"
-    return shown
+    return ''.join(ch if ch.isprintable() else ' ' if ch.isspace() else f"\\x{ord(ch):02x}"
+                   for ch in text)
 
 
 def read_lines(file):

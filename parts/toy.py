@@ -32,13 +32,6 @@ def docstrings():
                     yield ast.get_docstring(node) or ''
 
 
-def is_prose(paragraph):
-    """No code, grammar, table or heading."""
-    letters = sum(ch.isalpha() or ch in ' ,.' for ch in paragraph)
-    whole = len(paragraph) > 60 and paragraph[-1] in '.:;'
-    return whole and letters > 0.92 * len(paragraph) and '::=' not in paragraph
-
-
 def pydocs():
     """
     The prose that every Python carries, of its language reference (pydoc_data.topics) and of its
@@ -49,7 +42,10 @@ def pydocs():
     for text in chain((topics[topic] for topic in sorted(topics)), docstrings()):
         for paragraph in text.split('\n\n'):
             flat = re.sub(r'[*"`]+', '', ' '.join(paragraph.split()))
-            if is_prose(flat):
+            letters = sum(ch.isalpha() or ch in ' ,.' for ch in flat)
+            # no code, table or heading, nor grammar
+            prose = len(flat) > 60 and flat[-1] in '.:;' and '::=' not in flat
+            if prose and letters > 0.92 * len(flat):
                 paragraphs[flat] = True
     return [dict(text=line) for line in '\n\n'.join(paragraphs).splitlines(keepends=True)]
 
