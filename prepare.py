@@ -101,7 +101,8 @@ CONFIGS_OF_OWN = (('pydocs', 'owt_elf_b'), ('numbers', 'wmt14_de_en_elf_b'))
 MADE = dict(pydocs=pydocs, numbers=numbers, numbers_back=partial(numbers, back=True))
 CARD = 'README.md'
 CHECKED = (*FILES, 'tokenizer/tokenizer.json', 'encoder/model.safetensors')
-KINDS = ('parquet', 'arrow', 'jsonl', 'json', 'csv', 'tsv', 'txt')
+TABLES, TEXTS = ('parquet', 'arrow'), ('jsonl', 'json', 'csv', 'tsv', 'txt')
+KINDS = TABLES + TEXTS
 KIND = re.compile(rf"(?i).*\.({'|'.join(KINDS)})(\.gz|\.bz2|\.xz)?")
 # what save_to_disk and the hub leave beside the data, and legal texts
 NO_CORPUS = re.compile(r'(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow|'
@@ -127,7 +128,8 @@ def load_source():
         raise UserError("train and val have different columns; they must be alike")
     print(f"columns: {', '.join(names)}")
     for split, paths in files.items():
-        print(f"{split}: {shortened(paths)}" + ", left out" * (split == 'test'))
+        if paths:
+            print(f"{split}: {shortened(paths)}" + ", left out" * (split == 'test'))
     return files, names
 
 
@@ -141,19 +143,18 @@ def find_files(source, revision):
     if kind_of(source) and not os.path.isdir(source):       # a file is taken, whatever its name
         return files | dict(train=[source])
     folder = source if os.path.exists(source) else fetch(source, revision)
-    chosen = read_card(folder)
-    top = os.path.join(folder, '' if chosen else subset)
-    if not os.path.exists(top):
+    card = read_card(source, folder)
+    found = {path: split for split, pattern in card or [('', os.path.join(subset, '**'))]
+             for path in glob.glob(f'{glob.escape(folder)}/{pattern}', recursive=True)}
+    if not found:
         raise UserError(f"{source} has no {subset!r}; it has {shortened(os.listdir(folder))}")
-    inside = sorted(glob.glob(f'{glob.escape(top)}/**', recursive=True))        # nothing hidden
-    for path in chosen or inside:
+    for path, split in sorted(found.items()):       # nothing hidden
         if not os.access(path, os.R_OK):
             raise UserError(f"cannot read {path}: no permission, or a link to nothing")
         if kind_of(path) and not NO_CORPUS.fullmatch(os.path.basename(path)):
-            split = split_of(f"{chosen.get(path, '')}/{os.path.relpath(path, folder)}")
-            files[split].append(path)
+            files[split_of(f"{split}/{os.path.relpath(path, folder)}")].append(path)
     kinds = {kind_of(path) for path in files['train'] + files['val']}
-    folders = {os.path.dirname(path) for path in files['train'] if not chosen and not subset}
+    folders = {os.path.dirname(path) for path in files['train'] if not card and not subset}
     for mixed in (kinds, folders):
         if len(mixed) > 1:
             raise UserError(f"{source} has {' and '.join(sorted(mixed))}; choose a folder by "
@@ -165,28 +166,36 @@ def fetch(source, revision):
     """The files of a hub id, from the cache if they are there -> folder."""
     from huggingface_hub import snapshot_download
     print(f"{source}: its files from the hub")
-    inside = subset.strip('.')
-    patterns = [f'*{inside}*.{kind}*' for kind in KINDS]
+    get = partial(snapshot_download, source, repo_type='dataset', revision=revision or None)
     with from_hub("no dataset", source):
-        return snapshot_download(source, repo_type='dataset', revision=revision or None,
-                                 allow_patterns=[CARD, *patterns])
+        patterns = [path for _, path in read_card(source, get(allow_patterns=[CARD]))]
+        for kinds in (TABLES, TEXTS):       # tables first: often a text lies beside them
+            endings = [f"{subset.strip('.')}*.{kind}*" for kind in kinds]
+            folder = get(allow_patterns=patterns or endings)
+            names = glob.glob('**', root_dir=folder, recursive=True)
+            if any(kind_of(name) in TABLES for name in names):
+                break
+    return folder
 
 
-def read_card(folder):
+def read_card(source, folder):
     """
     The files of the configuration that subset names, or of the only one, by the card of a dataset
-    -> {path: split}, empty if it has none. UserError if there are several to choose from.
+    -> [(split, pattern)], empty if it says nothing. UserError if there are several to choose from.
     """
-    from datasets import load_dataset_builder
+    from datasets.data_files import sanitize_patterns
     from huggingface_hub import metadata_load
     card = os.path.join(folder, CARD)
-    if not os.path.exists(card):
-        return {}
-    with from_hub("cannot read, or choose by --subset", card):
-        if 'configs' not in (metadata_load(card) or {}):
-            return {}
-        splits = load_dataset_builder(folder, subset or None).config.data_files
-    return {path: split for split, paths in splits.items() for path in paths}
+    with from_hub("cannot read", card):
+        found = metadata_load(card) if os.path.exists(card) else None
+        configs = {config['config_name']: config for config in (found or {}).get('configs', [])}
+        if len(configs) > 1 and subset not in configs:
+            raise UserError(f"{source} has several configurations; choose one by --subset: "
+                            f"{', '.join(configs)}")
+        config = configs.get(subset or ''.join(configs), {})
+        inside = [f"{config['data_dir']}/**"] if 'data_dir' in config else []
+        patterns = sanitize_patterns(config.get('data_files', inside))
+    return [(split, path) for split, paths in patterns.items() for path in paths]
 
 
 def kind_of(path):
@@ -359,19 +368,18 @@ def plain(text):
 
 def find_tokenizer(folder, files, names):
     """The tokenizer that is named, else one trained on the texts and saved in folder."""
-    if not tokenizer and 'ids' in names[-1]:
-        raise UserError("the dataset holds ids; name the tokenizer they are from, "
-                        "for example --tokenizer=t5-small")
-    if tokenizer:
-        tok = load_tokenizer(tokenizer)
-        if not tok.is_fast or tok.pad_token_id is None or tok.eos_token_id is None:
-            raise UserError(f"tokenizer {tokenizer!r} has no pad or EOS token, or no fast version; "
-                            "take a T5 one")
-        return tok
-    texts = read_split(files, names, 'train')
-    tok = train_tokenizer(texts if len(names) == 1 else chain.from_iterable(texts),
-                          token_level, vocab_size)
-    tok.save_pretrained(os.path.join(folder, 'tokenizer'))
+    path = tokenizer or os.path.join(folder, 'tokenizer')
+    if not tokenizer:
+        if 'ids' in names[-1]:
+            raise UserError("the dataset holds ids; name the tokenizer they are from, "
+                            "for example --tokenizer=t5-small")
+        texts = read_split(files, names, 'train')
+        texts = texts if len(names) == 1 else chain.from_iterable(texts)
+        train_tokenizer(texts, token_level, vocab_size).save_pretrained(path)
+    tok = load_tokenizer(path)
+    if not tok.is_fast or tok.pad_token_id is None or tok.eos_token_id is None:
+        raise UserError(f"tokenizer {tokenizer!r} has no pad or EOS token, or no fast version; "
+                        "take a T5 one")
     return tok
 
 
@@ -504,6 +512,7 @@ def make_set(folder, files, names, settings):
     std = latent_std or 0.2 * (encoder in ('t5-small', 'google-t5/t5-small'))       # published
     mean, std = (0.0, std) if std else measure_latents(text_encoder, meta)
     meta.update(latent_dim=text_encoder.latent_dim, latent_mean=mean, latent_std=std)
+    del meta['dir']
     return meta, tok
 
 def check():

@@ -199,11 +199,11 @@ def test_what_the_user_sets_goes_before_what_a_name_stands_for(make, tmp_path, t
         assert meta['source']['pack'] == pack and (meta['max_length'] <= 32) == short
     meta = make('tinystories', *tok)
     assert texts_of(meta, 'train') == ['some words of a story'] * 60 and meta['rows']['val'] == 20
-    assert [source for source, _ in calls[3:]] == ['roneneldan/TinyStories']
+    assert [source for source, _ in calls[6:]] == ['roneneldan/TinyStories'] * 2   # card, tables
     from huggingface_hub.utils import filter_repo_objects
-    wanted = calls[0][1]['allow_patterns']
-    names = ['data/train-0.parquet', 'a.jsonl.gz', 'README.md', 'archive.tar', 'image.png']
-    assert list(filter_repo_objects(names, allow_patterns=wanted)) == names[:3]
+    wanted = calls[1][1]['allow_patterns']
+    names = ['data/train-0.parquet', 'a/b.arrow', 'README.md', 'stories.txt', 'image.png']
+    assert list(filter_repo_objects(names, allow_patterns=wanted)) == names[:2]
 
 # ---- packing ----
 
@@ -697,7 +697,7 @@ def test_configurations_of_a_card(make, tmp_path, tok):
         save_text(tmp_path / 'set' / name, 'parquet', content)
     write(tmp_path / 'set' / 'README.md', CARD)
     for args in ([], ['--subset=three']):
-        with pytest.raises(UserError, match='choose by --subset.*one., .two'):
+        with pytest.raises(UserError, match='several configurations; .*: one, two'):
             make(tmp_path / 'set', *args, *tok)
     meta = make(tmp_path / 'set', '--subset=one', *tok)
     assert words_of(meta, 'train') == set(TRAIN.split())
@@ -707,7 +707,7 @@ def test_configurations_of_a_card(make, tmp_path, tok):
 
 @pytest.mark.parametrize('configs, args', [
     ('[{config_name: default, data_files: "x/*"}]', []),
-    ('[{config_name: default, data_files: ["x/*.txt"]}]', []),
+    ('[{config_name: default, data_files: ["x/*.txt"]}]', []), ('[{config_name: default}]', ['.']),
     ('[{config_name: a, data_dir: x}, {config_name: b, data_dir: y}]', ['a'])])
 def test_other_forms_of_cards(make, tmp_path, tok, configs, args):
     save_text(tmp_path / 'set' / 'x' / 'a', 'txt', TRAIN)
@@ -716,7 +716,7 @@ def test_other_forms_of_cards(make, tmp_path, tok, configs, args):
     meta = make(tmp_path / 'set', *[f'--subset={name}' for name in args], *tok)
     assert words_of(meta, 'train') == set(TRAIN.split())
     write(tmp_path / 'set' / 'README.md', '---\nconfigs: [\n---\n')
-    with pytest.raises(UserError, match='cannot read.*README.md'):
+    with pytest.raises(UserError, match='cannot read: .*README.md'):
         make(tmp_path / 'set', *tok)
 
 
