@@ -25,10 +25,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import from_hub
 from parts.checkpoint import load_weights
 from parts.device import to_device
 from parts.official import check_fit, to_official_names
+from parts.process import from_hub
 
 # -------------------------------------------------------------------------------------------------
 # settings: all that rebuilds a model and its task, so that a checkpoint needs no train.py

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, rank_and_world
+from parts.process import UserError, rank_and_world
 
 IN_BACKGROUND = ('cuda',)      # see to_device
 # dense bfloat16 peak of a GPU in FLOP/s, for the fraction of it that a run reaches

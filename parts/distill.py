@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from configurator import UserError
 from model import ELF, Draws, cross_entropy, draw, noise_rows, velocity
 from parts.data import check_vocabulary
 from parts.device import to_device
+from parts.process import UserError
 
 
 def load_teacher(config, meta, init_from):
