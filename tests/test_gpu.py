@@ -129,15 +129,23 @@ def test_benchmark(run, monkeypatch, gpu):
 
 
 @pytest.mark.skipif(REAL, reason='counted on the pretended GPU')
-def test_the_loop_waits_once_a_step(run, tiny, tmp_path, gpu):
-    counts = []
+@pytest.mark.parametrize('work, waits', [('training', 1), ('distillation', 1), ('sampling', 0)])
+def test_how_often_a_step_waits(run, tiny, tmp_path, gpu, work, waits):
+    """Training for the norm of the gradient, which must be finite; a sampler for nothing."""
+    args = ['train.py', *tiny, '--n_layer=1', '--log_interval=100']
+    start, counts = f'{tmp_path}/start', []
+    run(*args, '--max_iters=1', f'--out_dir={start}')
+    student = [f'--teacher={start}', f'--init_from={start}', '--distill_steps=2',
+               '--distill_substeps=3'] if work == 'distillation' else []
     for steps in (1, 3):
         pretend_gpu.waits.clear()
-        run('train.py', *tiny, '--n_layer=1', '--log_interval=100', f'--max_iters={steps}',
-            f'--out_dir={tmp_path}/{steps}')
+        if work == 'sampling':
+            run('sample.py', f'--init_from={start}', f'--out_dir={tmp_path}/{steps}',
+                f'--steps={steps}', '--sampler=sde', '--num_samples=2')
+        else:
+            run(*args, *student, f'--max_iters={steps}', f'--out_dir={tmp_path}/{steps}')
         counts.append(len(pretend_gpu.waits))
-    # for the norm of the gradient, which must be finite
-    assert counts[1] - counts[0] == 2, pretend_gpu.waits
+    assert counts[1] - counts[0] == 2 * waits, pretend_gpu.waits
 
 
 @pytest.mark.skipif(REAL, reason='of the pretended GPU')
