@@ -39,7 +39,7 @@ from sample import GRIDS, SAMPLERS
 out_dir = 'out'             # ckpt.pt, metrics.jsonl, samples and loss.png go here
 init_from = 'scratch'       # 'scratch', 'resume' (out_dir's checkpoint), weights: a path or hub id;
                             # 'auto', 'auto:weights': resume if there is one, else start from these
-overwrite = False           # start anew where out_dir has a checkpoint; it stays as old_ckpt.pt
+overwrite = False           # start anew where out_dir has a checkpoint; that moves to old_1 in it
 log_interval = 10           # iterations between log lines
 eval_interval = 1000        # iterations between validations
 eval_iters = 20             # batches of a validation, all ranks; a multiple of 5, the bins of t
@@ -237,7 +237,7 @@ if __name__ == '__main__':
            f"peak lr {learning_rate:.2e}")
     begin = f'resumed {path} at iteration {iter_num}' if path else init_from
     print0(f"start: {begin}", *notes, sep='\n  ')
-    lock, log = on_disk.begin_run(out_dir, path, config, asdict(c))
+    lock, log, model_args = on_disk.begin_run(out_dir, path, config, c)
 
     def next_batch(iter_num, micro_step):
         """Rows and draws, by a micro-batch's number alone: the same resumed, or on more ranks."""
@@ -254,7 +254,7 @@ if __name__ == '__main__':
             val = estimate_loss(raw_model, text_encoder, meta, eval_iters, batch_size, device,
                                 objective, draw_step)
         bar.clear()
-        print0(f"iter {iter_num}: {describe_val(val, c)}", flush=True)
+        print0(f"iter {iter_num}: {describe_val(val)}", flush=True)
         log(iter=iter_num, **{'val_' + k: v for k, v in val.items()})
 
     def save():
@@ -263,7 +263,7 @@ if __name__ == '__main__':
         if master:
             keep = keep_interval and iter_num % keep_interval == 0
             on_disk.save_checkpoint(out_dir, dict(
-                config=config, model_args=asdict(c), model=raw_model.state_dict(),
+                config=config, model_args=model_args, model=raw_model.state_dict(),
                 ema=ema.state_dict(), optimizer=opt.state_dict(), iter_num=iter_num,
                 rows_seen=iter_num * rows_per_step), keep_as=f'ckpt_{iter_num}.pt' if keep else '')
 

@@ -95,41 +95,17 @@ def open_streams():
 
 @contextmanager
 def from_hub(what, source):
-    """Around a call of a Hugging Face client: whatever it raises becomes a UserError, what: why."""
+    """Around a call of a Hugging Face client: whatever it raises becomes a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as e:      # the clients have a dozen kinds, and wrap each other's
-        raise UserError(f"{what}: {hub_hint(source, e)}") from None
-
-
-def hub_hint(source, e):
-    """What a client raised while it fetched source -> what is wrong and what to do."""
-    from huggingface_hub import constants, errors
-    from huggingface_hub.utils import httpx
-    chain = [e]
-    while chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)
-
-    def seen(*kinds):
-        return any(isinstance(x, kinds) for x in chain)
-
-    codes = [getattr(getattr(x, 'response', None), 'status_code', 0) for x in chain]
-    if os.path.exists(source):
-        return f"{source!r} is not usable: {one_line(e)}"
-    if seen(errors.GatedRepoError):
-        return f"{source!r} is gated: accept the terms on its page on the hub, then: hf auth login"
-    if seen(errors.RepositoryNotFoundError, errors.HFValidationError):
-        return (f"{source!r} is neither a folder nor a file here, nor on the hub; check the "
-                "spelling; if it is private: hf auth login")
-    if 401 in codes or 403 in codes:
-        return (f"the hub refuses {source!r} to your token; renew it: hf auth login, "
-                "or do without: hf auth logout")
-    if seen(httpx.RemoteProtocolError) or 'Consistency check failed' in str(chain):
-        return f"the download of {source!r} broke off; run again, nothing incomplete was kept"
-    if seen(httpx.TransportError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        why = ("HF_HUB_OFFLINE is set; unset it" if constants.is_offline_mode() else
-               "the hub cannot be reached; connect")
-        return f"{source!r} is no path here and not in the cache, and {why} once to download"
-    return f"{source!r} is no path here, and the hub did not give it: {one_line(e)}"
+        cause = e
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
+        why = "is not usable" if os.path.exists(source) else (
+            "is no file or folder here, and the hub did not give it: check the spelling and the "
+            "network (is HF_HUB_OFFLINE set?); if it is private, or gated and you accepted its "
+            "terms on its page: hf auth login")
+        raise UserError(f"{what}: {source!r} {why} ({one_line(cause)})") from None

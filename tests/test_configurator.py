@@ -249,7 +249,7 @@ def test_torch_is_loaded_after_the_environment_is_set(script):
     with open(os.path.join(ROOT, f'{script}.py'), encoding='utf-8') as f:
         imports = [node for node in ast.parse(f.read()).body
                    if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert imports[0].module == 'configurator'
+    assert imports[0].module in ('configurator', 'parts.process')
 
 
 @pytest.mark.parametrize('given, want', [
@@ -285,12 +285,10 @@ def test_one_line():
 
 
 @pytest.mark.parametrize('source, error, says', [
-    (ROOT, OSError('no\nconfig'), 'is not usable: OSError'),
-    ('org/x', ValueError('new'), 'is no path here, and the hub did not give it: '),
-    ('org/x', errors.HFValidationError(), 'is neither a folder nor a file here'),
-    ('org/x', errors.LocalEntryNotFoundError('x'), 'not in the cache, and HF_HUB_OFFLINE is set'),
-    ('org/x', httpx.ConnectError('x'), 'not in the cache, and HF_HUB_OFFLINE is set'),
-    ('org/x', httpx.RemoteProtocolError('x'), 'the download of .* broke off')])
+    (ROOT, OSError('no\nconfig'), 'is not usable .OSError no config'),
+    ('org/x', ValueError('new'), 'is no file or folder here, .* HF_HUB_OFFLINE .*ValueError new'),
+    ('org/x', errors.LocalEntryNotFoundError('x'), 'the network .* hf auth login .LocalEntry'),
+    ('org/x', httpx.ConnectError('x'), 'the network .* ConnectError|the network .*.ConnectError')])
 def test_what_a_client_of_the_hub_raises(source, error, says):
     with pytest.raises(UserError, match=says) as e, from_hub('no model', source):
         raise error

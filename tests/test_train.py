@@ -301,11 +301,11 @@ def test_a_fine_tune_samples_as_it_says(run, tiny, tmp_path):
     """Not as the weights that it starts from were published to be sampled in so many steps."""
     run('train.py', *tiny, f'--out_dir={tmp_path}/a', '--max_iters=1')
     ckpt = state(tmp_path / 'a')
-    ckpt['model_args']['by_steps'] = {4: dict(gamma=2.0)}
+    ckpt['model_args']['by_steps'] = {8: dict(gamma=2.0)}
     torch.save(ckpt, tmp_path / 'a' / 'ckpt.pt')
     run('train.py', *tiny, f'--init_from={tmp_path}/a', f'--out_dir={tmp_path}/b', '--max_iters=1',
-        '--steps=4', '--gamma=0.3')
-    sampling = [resolve_sampling(ELF.from_pretrained(f'{tmp_path}/{x}').config) for x in 'ab']
+        '--steps=8', '--gamma=0.3')
+    sampling = [resolve_sampling(ELF.from_pretrained(f'{tmp_path}/{x}').config, 8) for x in 'ab']
     assert [x['gamma'] for x in sampling] == [2.0, 0.3]
 
 
@@ -371,8 +371,14 @@ def test_a_checkpoint_is_not_overwritten_unasked(run, tiny, tmp_path, monkeypatc
         assert (tmp_path / name).read_bytes() == content
     run(*args, '--overwrite=true', '--max_iters=2')
     for name, content in before.items():
-        assert (tmp_path / f'old_{name}').read_bytes() == content
+        assert (tmp_path / 'old_1' / name).read_bytes() == content
     assert state(tmp_path)['iter_num'] == 2 and len(metrics(tmp_path)) == 4
+    # again: nothing that was ever there is lost, and each can be sampled
+    run(*args, '--overwrite=true', '--max_iters=3')
+    for name, iters in (('old_1', 1), ('old_2', 2)):
+        assert state(tmp_path / name)['iter_num'] == iters
+        c = ELF.from_pretrained(str(tmp_path / name)).config
+        assert c.tokenizer == str(tmp_path / name / 'tokenizer')
 
 
 def test_where_to_start(tmp_path, monkeypatch):
@@ -423,8 +429,10 @@ def test_each_setting_has_one_default_and_is_read():
                     read.add(node.id)
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     read.add(node.value)
-        if script == 'train.py':        # which hands these over by name, all at once
-            read |= model_settings | {'wandb_log', 'wandb_project'}
+        # some are handed over all at once, and read by name
+        read |= dict(zip(('train.py', 'sample.py'), (
+            model_settings | {'wandb_log', 'wandb_project'},
+            {'input_file', 'num_samples', 'prompt', 'infill'}))).get(script, set())
         assert settings_of(path).keys() <= read, script
 
 
