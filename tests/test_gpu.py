@@ -4,6 +4,9 @@ training, evaluation, bench.py, no waiting in the loop.
     python -m pytest -q tests/test_gpu.py
 """
 import json
+import os
+import shutil
+import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -12,7 +15,7 @@ from types import SimpleNamespace
 import pretend_gpu
 import pytest
 import torch
-from conftest import metrics
+from conftest import ROOT, metrics
 from test_model import batch, rel, small
 from torch._dynamo.utils import counters
 
@@ -165,6 +168,23 @@ def test_how_often_a_step_waits(run, tiny, tmp_path, gpu, work, waits):
         counts.append(len(pretend_gpu.waits))
     assert counts[1] - counts[0] == 2 * waits, pretend_gpu.waits
 
+
+@pytest.mark.skipif(REAL or not shutil.which('bash'), reason='it runs this file')
+def test_the_script_for_whoever_has_a_gpu(tmp_path):
+    """Every command of it, at tiny sizes on a CPU."""
+    env = os.environ | dict(TINY='1', OUT=str(tmp_path / 'out'), PYTHON=sys.executable)
+    done = subprocess.run(['bash', os.path.join(ROOT, 'tests', 'on_gpu.sh')], env=env,
+                          capture_output=True, text=True, timeout=400)
+    assert not done.returncode, done.stdout + done.stderr
+    report = json.loads((tmp_path / 'out' / 'on_gpu.json').read_text())
+    steps = {step['name']: step for step in report['steps']}
+    assert report['commit'] and report['torch'] and steps['debug']['samples_6.jsonl']
+
+    def losses(name):
+        return [row['loss'] for row in steps[name]['curve'] if 'loss' in row]
+    assert losses('two_ranks') == pytest.approx(losses('one_rank'), rel=1e-4)
+    assert losses('resumed')[:6] == losses('debug') and len(losses('resumed')) == 8
+    assert len(steps['B_eager']['report']['profile']['kernels']) == 10
 
 # --------------------------------------------------------------------------------------------------
 # graphs of torch.compile, whose number does not depend on what compiles them
