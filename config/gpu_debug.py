@@ -8,7 +8,6 @@
 
 out_dir = 'out/gpu_debug'
 dataset = 'pydocs128'
-overwrite = True
 max_length = 128
 
 batch_size = 64

@@ -1,12 +1,12 @@
-# The demo in few steps: one round of distillation straight to four, from the demo's own weights.
-# What it does not say is the demo's, whose file comes first:
+# The prose of config/pydocs.py in few steps: one round of distillation straight to four, from its
+# own weights. What it does not say is that file's, which comes first:
 #
-#   python train.py config/demo.py config/demo_distill.py
-#   python sample.py --out_dir=out/demo_4
+#   python train.py config/pydocs.py config/pydocs_distill.py
+#   python sample.py --out_dir=out/pydocs_4
 
-init_from = 'out/demo'
-teacher = 'out/demo'
-out_dir = 'out/demo_4'
+init_from = 'out/pydocs'
+teacher = 'out/pydocs'
+out_dir = 'out/pydocs_4'
 distill_steps = 4
 distill_substeps = 16
 
