@@ -136,7 +136,8 @@ def profile_step(step):
         now()
     where = DeviceType.CUDA if device.type == 'cuda' else DeviceType.CPU
     rows = [(e.self_device_time_total or e.self_cpu_time_total, e.count, e.key)
-            for e in profiler.key_averages() if e.device_type == where]
+            for e in profiler.key_averages()
+            if e.device_type == where and not e.is_user_annotation]
     rows = sorted(rows, reverse=True)[:10]
     for microseconds, count, name in rows:
         print(f"  {microseconds / 1e3:9.2f} ms {count:6} x {name[:76]}")

@@ -58,7 +58,7 @@ train() {   # train NAME ITERATIONS MORE...: config/gpu_debug.py
         set -- --device=cpu --compile=false --n_layer=1 --n_embd=64 --n_head=2 --batch_size=4 \
             --eval_iters=5 --log_interval=1 "$@"
     fi
-    run "$name" 300 "${LAUNCH[@]}" train.py config/gpu_debug.py --data_dir="$OUT/data" \
+    run "$name" 400 "${LAUNCH[@]}" train.py config/gpu_debug.py --data_dir="$OUT/data" \
         --out_dir="$OUT/$name" --max_iters=$iterations "$@"
 }
 
