@@ -75,7 +75,7 @@ bench() {   # bench NAME SECONDS MORE...
 }
 
 LAUNCH=("$PYTHON")
-bench B_compiled 240 --size=ELF-B --batch_size=64 --compile=true --profile=true
+bench B_compiled 420 --size=ELF-B --batch_size=64 --compile=true --profile=true
 run tests 240 "$PYTHON" -m pytest -q tests/test_gpu.py -k "${TINY:+of_the_cpu or wrong_device}"
 run prepare 120 "$PYTHON" prepare.py --name=pydocs128 --max_length=128 --letters_only=false \
     --token_level=subwords --encoder_dim=128 --data_dir="$OUT/data"
@@ -98,8 +98,8 @@ fi
 if [[ ! $TINY ]]; then
     bench M_eager 120 --size=ELF-M --batch_size=32
     bench L_eager 120 --size=ELF-L --batch_size=16
-    bench M_compiled 300 --size=ELF-M --batch_size=32 --compile=true
-    bench L_compiled 300 --size=ELF-L --batch_size=16 --compile=true
+    bench M_compiled 360 --size=ELF-M --batch_size=32 --compile=true
+    bench L_compiled 360 --size=ELF-L --batch_size=16 --compile=true
 fi
 if [[ $STORIES ]]; then
     END=$((SECONDS + 60 * (MINUTES + 15)))
