@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import io
-import json
 import os
 import pickle
 import random
@@ -88,13 +87,12 @@ def test_a_damaged_one_never_replaces_the_good_one_before_it(tmp_path, how, caps
         newest.unlink()
     path, ckpt = newest_checkpoint(str(tmp_path))
     assert path == str(tmp_path / 'ckpt_prev.pt') and ckpt['iter_num'] == 1
-    assert ('SKIPPED' in capsys.readouterr().out) == (how != 'gone')
+    assert ('SKIPPED, the next save makes it damaged' in capsys.readouterr().out) == (how != 'gone')
     assert how == 'gone' or newest.exists()     # any rank may ask; only who saves renames
     save_checkpoint(str(tmp_path), state_of_a_run(3))
     assert load_checkpoint(str(tmp_path / 'ckpt_prev.pt'))['iter_num'] == 1
     assert load_checkpoint(str(newest))['iter_num'] == 3
     assert (tmp_path / 'damaged_ckpt.pt').exists() == (how != 'gone')
-    assert capsys.readouterr().out.count('damaged_ckpt.pt') == (how != 'gone')
 
 
 def test_a_save_reads_nothing(tmp_path, monkeypatch):
@@ -135,11 +133,11 @@ def test_no_permission():
         for closed in (run, path):
             with closed_to_us(closed):
                 for look in (find_checkpoint, ELF.from_pretrained):
-                    with pytest.raises(UserError, match=f'cannot read {closed}: Permission denied'):
+                    with pytest.raises(UserError, match=f"{closed}' is not .*Permission denied"):
                         look(closed)
         with closed_to_us(path):        # it is not damaged: the run must not go on from the older
             for look in (ELF.from_pretrained, newest_checkpoint):
-                with pytest.raises(UserError, match=f'cannot read {path}: Permission denied'):
+                with pytest.raises(UserError, match='Permission denied'):
                     look(run)
         assert newest_checkpoint(run)[1]['iter_num'] == 2
 
@@ -151,7 +149,7 @@ def test_links_to_nothing(tmp_path):
     os.symlink('gone.pt', path)
     for look, source in ((find_checkpoint, path), (find_checkpoint, str(tmp_path)),
                          (newest_checkpoint, str(tmp_path))):
-        with pytest.raises(UserError, match=f'cannot read {path}: No such file'):
+        with pytest.raises(UserError, match='No such file'):
             look(source)
 
 
@@ -262,8 +260,7 @@ def test_which_file_of_a_folder(tmp_path):
                  'checkpoint_10'):
         (tmp_path / name).write_bytes(b'')
         assert find_checkpoint(str(tmp_path)) == str(tmp_path / name)
-    (tmp_path / 'checkpoint_11').mkdir()                # no Orbax folder
-    assert find_checkpoint(str(tmp_path)).endswith('checkpoint_10')
+    (tmp_path / 'checkpoint_11').mkdir()
     (tmp_path / 'checkpoint_11' / '_METADATA').write_text('')
     for source in (tmp_path, tmp_path / 'checkpoint_11'):
         assert find_checkpoint(str(source)) == str(tmp_path / 'checkpoint_11')
@@ -398,10 +395,8 @@ def write_run(out_dir, bins, **more):
 
 def old_run(out_dir, bins):
     """As older versions wrote it: tokenizer and encoder are those of the set, by their paths."""
-    meta = json.loads((bins / 'tiny' / 'meta.json').read_text())
     parts = {part: str(bins / 'tiny' / part) for part in ('tokenizer', 'encoder')}
-    write_run(out_dir, bins, data=dict(checksums=meta['checksums']),
-              model_args=asdict(small(**OF_THE_BINS, **parts).config))
+    write_run(out_dir, bins, model_args=asdict(small(**OF_THE_BINS, **parts).config))
 
 
 def test_a_run_is_whole(bins, tmp_path):
@@ -430,13 +425,6 @@ def test_carry(bins, tmp_path):
         got = carry(c, str(tmp_path))
         assert (got.tokenizer, got.encoder) == ('tokenizer', 't5-small')
         assert os.listdir(tmp_path) == ['tokenizer']
-    (tmp_path / 'tokenizer' / '.DS_Store').touch()
-    carry(c, str(tmp_path))
-    (tmp_path / 'tokenizer' / 'tokenizer.json').write_text('{}')
-    with pytest.raises(UserError, match='is another tokenizer than .*choose another folder'):
-        carry(c, str(tmp_path))
-    assert (tmp_path / 'tokenizer' / 'tokenizer.json').read_text() == '{}'
-    assert sorted(os.listdir(tmp_path)) == ['tokenizer']
 
 
 def test_carry_takes_what_is_read(bins, tmp_path):
@@ -472,24 +460,20 @@ def test_a_file_without_its_folders(bins, tmp_path, monkeypatch):
     (tmp_path / 'other').mkdir()
     shutil.copy(tmp_path / 'run' / 'ckpt.pt', tmp_path / 'other')
     monkeypatch.chdir(tmp_path / 'run')                 # another model's, which must not be taken
-    with pytest.raises(UserError, match='other/ckpt.pt needs its tokenizer.* copy it from .* to '
+    with pytest.raises(UserError, match='other/ckpt.pt needs its tokenizer; copy it from .* to '
                                         f'{tmp_path}/other/tokenizer'):
         ELF.from_pretrained(str(tmp_path / 'other'))
 
 
-def test_a_run_of_older_versions(bins, tmp_path):
-    """Its tokenizer is where it was; gone; that of another set by the same name; put beside it."""
+def test_a_run_of_older_versions(bins, tmp_path, capsys):
+    """Its tokenizer is where it was, which is said; gone; put beside it."""
     data, run = tmp_path / 'data', tmp_path / 'run'
     shutil.copytree(bins / 'tiny', data / 'tiny')
     old_run(run, data)
     assert ELF.from_pretrained(str(run)).config.tokenizer == str(data / 'tiny' / 'tokenizer')
-    meta = json.loads((data / 'tiny' / 'meta.json').read_text())
-    meta['checksums']['train.bin'] = 'f' * 64
-    (data / 'tiny' / 'meta.json').write_text(json.dumps(meta))
-    with pytest.raises(UserError, match=f'but {data}/tiny was prepared again since'):
-        ELF.from_pretrained(str(run))
+    assert f'taking the tokenizer that is in {data}/tiny/tokenizer now' in capsys.readouterr().out
     shutil.move(data, tmp_path / 'elsewhere')
-    with pytest.raises(UserError, match=f'needs its tokenizer, and {data}/tiny/tokenizer is not'):
+    with pytest.raises(UserError, match='needs its tokenizer; copy'):
         ELF.from_pretrained(str(run))
     for part in ('tokenizer', 'encoder'):
         shutil.copytree(bins / 'tiny' / part, run / part)
