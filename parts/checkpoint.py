@@ -175,14 +175,11 @@ def fingerprint(meta):
     """What of a dataset must be the same when a run goes on -> flat dict of plain values."""
     found = {name: meta[name] for name in ('rows', 'vocab_size', 'latent_mean', 'latent_std')}
     found |= meta['checksums']
-    for part in ('encoder', 'tokenizer'):
-        if not os.path.isdir(meta[part]):
-            found[part] = meta[part]
-            continue
-        for name in ('model.safetensors', 'tokenizer.json', 'spiece.model'):
-            file = os.path.join(meta[part], name)
-            if os.path.exists(file):
-                found[f'{part}/{name}'] = sha256(file)
+    for part in PARTS:
+        files = {f'{part}/{name}': os.path.join(meta[part], name)
+                 for name in ('model.safetensors', 'tokenizer.json', 'spiece.model')}
+        sums = {name: sha256(file) for name, file in files.items() if os.path.exists(file)}
+        found |= sums or {part: meta[part]}         # a name on the hub
     return found
 
 
@@ -373,7 +370,8 @@ def download(source):
         print(f"the hub cannot be asked for {repo}; looking in its cache")
         # [] asks for no file, only for the folder
         folder = snapshot_download(repo, allow_patterns=[], local_files_only=True)
-        names = glob.glob('**', root_dir=folder, recursive=True)
+        names = [name for name in glob.glob('**', root_dir=folder, recursive=True)
+                 if os.path.isfile(os.path.join(folder, name))]
     name = choose(names, source, inside)
     beside = name.removesuffix(os.path.basename(name))
     wanted = [name, f'{name}/*', f'{beside}config.yml', *(f'{beside}{part}/*' for part in PARTS)]

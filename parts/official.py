@@ -62,14 +62,11 @@ def read_sizes(state, path):
 
 def check_fit(want, state, path):
     """Compare weights with a model's state dict: UserError with all that is missing or wrong."""
-    wrong = [f"missing {name}" for name in want.keys() - state.keys()]
-    wrong += [f"left over {name}" for name in state.keys() - want.keys()]
-    for name in want.keys() & state.keys():
-        is_, expected = tuple(state[name].shape), tuple(want[name].shape)
-        if is_ != expected:
-            wrong.append(f"{name} is {is_}, expected {expected}")
+    expected, found = ({name: tuple(x.shape) for name, x in of.items()} for of in (want, state))
+    wrong = [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
+             for name in sorted(expected | found) if found.get(name) != expected.get(name)]
     if wrong:
-        raise UserError(f"{path} does not fit an ELF of its sizes: {'; '.join(sorted(wrong))}")
+        raise UserError(f"{path} does not fit an ELF of its sizes: {'; '.join(wrong)}")
 
 # -------------------------------------------------------------------------------------------------
 # config.yml, which holds only what its run overrode [configs/config.py]
@@ -122,7 +119,7 @@ def read_config_yml(path, sizes):
         # str: PyYAML reads 5e-2 as text, and float(True) is a number
         settings = {name: type(default)(str(official.get(key, default)))
                     for key, (name, default) in OFFICIAL_SETTINGS.items()}
-        settings |= read_samplers(official, unconditional)
+        settings |= sampler_settings(read_samplers(official, unconditional))
     except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as e:
         raise UserError(f"{file} is not readable as the official settings: {one_line(e)}") from None
     settings['tokenizer'] = settings['tokenizer'] or settings['encoder']
@@ -130,17 +127,18 @@ def read_config_yml(path, sizes):
 
 
 def read_samplers(official, unconditional):
-    """The samplers that a config.yml has, then those of the file it names -> settings."""
+    """The samplers by number of steps that a config.yml has, or those of the file it names."""
     named = os.path.basename(official.get('sampling_configs_path', ''))
-    published = {'uncond_sampling_configs.yml': unconditional,
-                 'cond_sampling_configs.yml': CONDITIONAL,
-                 'uncond_fewstep_sampling_configs.yml': FEW_STEP}.get(named, {})
-    if 'teacher_path' in official or 'pd_step_size' in official:        # progressive distillation
-        published = FEW_STEP
-    elif official.get('max_input_length') and not named and 'sampling_configs' not in official:
-        published = CONDITIONAL
+    if 'sampling_configs' not in official:
+        # the first two are settings of progressive distillation
+        if 'teacher_path' in official or 'pd_step_size' in official or 'fewstep' in named:
+            return FEW_STEP
+        if named.startswith('uncond'):
+            return unconditional
+        if named.startswith('cond') or official.get('max_input_length'):
+            return CONDITIONAL
     samplers = {}
-    for entry in official.get('sampling_configs', [] if published else [{}]):
+    for entry in official.get('sampling_configs', [{}]):
         entry = SAMPLING_DEFAULTS | entry
         # lists hold values to try; the first one counts
         sampler = dict(sampler=entry['sampling_method'], gamma=float(entry['sde_gamma']),
@@ -148,9 +146,7 @@ def read_samplers(official, unconditional):
                        grid=entry['time_schedule'])
         for steps in entry['num_sampling_steps']:
             samplers.setdefault(int(steps), sampler)
-    for steps, sampler in published.items():
-        samplers.setdefault(steps, sampler)
-    return sampler_settings(samplers)
+    return samplers
 
 
 def sampler_settings(samplers):
