@@ -28,7 +28,7 @@ from parts.official import (OFFICIAL_SETTINGS, PUBLISHED_SIZES, check_fit, from_
                             read_sizes, to_official_names)
 
 # A checkpoint that was read is a dict: params and / or ema_params1, both under official names, and
-# perhaps step, epoch, model_args, gelu. Of a JAX one these are taken:
+# perhaps step, epoch, model_args, settings. Of a JAX one these are taken:
 KEPT = ('params', 'ema_params1', 'step', 'epoch')
 
 # -------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def read_lightning(path, ckpt):
         kept[k] = to_official_names(from_official_names(state))
         if 'final_layer.norm.weight' in state:      # its network differs in a name, and in the GELU
             kept[k]['final_layer.norm_final.weight'] = kept[k].pop('final_layer.norm.weight')
-            kept['gelu'] = 'none'
+            kept['settings'] = dict(gelu='none')
     return kept
 
 # -------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def main(source, folder):
         print(f"{path} has the EMA or the weights alone; taking them for both")
     sizes = read_sizes(from_official_names(ema), path)
     settings = read_settings(path, ckpt, sizes, ELFConfig.__dataclass_fields__)
-    config = ELFConfig(**settings | {k: ckpt[k] for k in ('gelu',) if k in ckpt})
+    config = ELFConfig(**settings | ckpt.get('settings', {}))
     out = write_official(folder, params, ema, step, epoch, config, path)
     print(f"{out}: {sum(x.numel() for x in ema.values()):,} parameters, step {step}; "
           "EMA and weights, no optimizer state")

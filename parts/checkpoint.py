@@ -86,8 +86,8 @@ def newest_checkpoint(out_dir):
         try:
             ckpt = load_checkpoint(path)
         except UserError as e:
-            if isinstance(e.__context__, OSError):      # no permission, a link to nothing: not lost
-                raise
+            if isinstance(e.__context__, (PermissionError, FileNotFoundError)):
+                raise       # it is not damaged
             print(f"SKIPPED, the next save makes it damaged_ckpt.pt: {e}")
             damaged.add(path)
             continue
@@ -108,12 +108,11 @@ def checkpoints_in(out_dir):
 def check_checksums(path):
     """Read a zip of torch.save's against its checksums. ValueError, or whatever zipfile raises."""
     with zipfile.ZipFile(path) as z:
-        for part in z.infolist():
-            # where one flipped bit says "folder" or "compressed", torch reads noise
-            if part.compress_type or part.external_attr or part.file_size != part.compress_size:
-                raise ValueError(f"the entry of {part.filename} is damaged")
-        if bad := z.testzip():
-            raise ValueError(f"the checksum of {bad} does not fit")
+        # where one flipped bit says "folder" or "compressed", torch reads noise
+        odd = [x for x in z.infolist()
+               if x.compress_type or x.external_attr or x.file_size != x.compress_size]
+        if odd or z.testzip():
+            raise ValueError("its checksums do not fit")
 
 
 def load_checkpoint(path):
@@ -193,7 +192,7 @@ def check_resume(path, ckpt, config):
         raise UserError(f"the ranks see different checkpoints in {os.path.dirname(path)}: {found}; "
                         "it must be one folder that all of them share")
     was, now = ckpt['config'], config['bins']
-    bins = was.get('bins') or ckpt['data']['checksums']     # the latter in older versions
+    bins = was.get('bins') or ckpt['data'] | ckpt['data']['checksums']      # older versions had data
     if differ := [name for name in bins if now.get(name, bins[name]) != bins[name]]:
         raise UserError(f"{path} was trained on other bins than those of --dataset="
                         f"{config['dataset']} now ({', '.join(differ)} differ); prepare them as "
@@ -274,8 +273,8 @@ def carry(c, out_dir):
         if not os.path.isdir(source):
             continue
         names[part], aside = part, there + '.tmp'
-        if os.path.exists(there):       # of the run that goes on; see check_resume
-            continue
+        if os.path.exists(there):
+            continue        # of the run that goes on, the same: see check_resume
         try:
             shutil.rmtree(aside, ignore_errors=True)        # of a copy that was killed
             shutil.copytree(source, aside, ignore=shutil.ignore_patterns(*NOT_CARRIED[part]))
@@ -328,9 +327,9 @@ def choose(names, source, inside=''):
     names = {name.removesuffix('/_METADATA') for name in names}     # an Orbax folder is one name
     if inside in names:
         return inside
-    names = [n for n in sorted(names) if not inside or n.startswith(f'{inside}/')]
+    names = [name for name in sorted(names) if name.startswith(inside and f'{inside}/')]
     for kind in KINDS:
-        if found := [n for n in names if re.fullmatch(kind, os.path.basename(n))]:
+        if found := [name for name in names if re.fullmatch(kind, os.path.basename(name))]:
             return max(found, key=step_in)
     raise UserError(f"no checkpoint in {source}: expected checkpoint_<step>, ckpt.pt, "
                     "a .safetensors or a .ckpt file")

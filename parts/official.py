@@ -106,8 +106,7 @@ SAMPLING_DEFAULTS = dict(sampling_method='ode', num_sampling_steps=[50], cfgs=[1
 def read_config_yml(path, sizes):
     """The official config.yml beside a checkpoint -> settings for an ELFConfig, without sizes."""
     file = os.path.join(os.path.dirname(path), 'config.yml')
-    size = PUBLISHED_SIZES.get((sizes['n_layer'], sizes['n_embd'], sizes['n_head']))
-    unconditional = UNCONDITIONAL_LARGE if size in ('ELF-M', 'ELF-L') else UNCONDITIONAL
+    unconditional = UNCONDITIONAL if sizes['n_layer'] <= 12 else UNCONDITIONAL_LARGE
     if not os.path.lexists(file):
         print(f"no config.yml beside {path}: taking the published OpenWebText settings")
         return sampler_settings(unconditional)
