@@ -7,7 +7,7 @@ Foreign checkpoints become official torch ones, which sample.py, eval.py and tra
 SRC is a file, a folder or a hub id of a JAX checkpoint (flax msgpack or Orbax), a Lightning .ckpt,
 our ckpt.pt, or any state dict of an ELF. All or nothing: every array of the network is used, every
 parameter filled, no shape changed. A tokenizer and an encoder that are folders here go along, so
-DST is whole: it can be moved, or uploaded, and used there.
+DST, a new folder, is whole: it can be moved, or uploaded, and used there.
 """
 # before torch: see there
 from parts.process import UserError, one_line, one_line_errors, open_streams
@@ -208,8 +208,7 @@ def main(source, folder):
     settings = read_settings(path, ckpt, sizes, ELFConfig.__dataclass_fields__)
     config = ELFConfig(**settings | ckpt.get('settings', {}))
     out = write_official(folder, params, ema, step, epoch, config, path)
-    print(f"{out}: {sum(x.numel() for x in ema.values()):,} parameters, step {step}; "
-          "EMA and weights, no optimizer state")
+    print(f"{out}: EMA and weights of step {step}, no optimizer state")
 
 
 if __name__ == '__main__':

@@ -192,7 +192,8 @@ def check_resume(path, ckpt, config):
         raise UserError(f"the ranks see different checkpoints in {os.path.dirname(path)}: {found}; "
                         "it must be one folder that all of them share")
     was, now = ckpt['config'], config['bins']
-    bins = was.get('bins') or ckpt['data'] | ckpt['data']['checksums']      # older versions had data
+    # older versions had data
+    bins = was.get('bins') or ckpt['data'] | ckpt['data']['checksums']
     if differ := [name for name in bins if now.get(name, bins[name]) != bins[name]]:
         raise UserError(f"{path} was trained on other bins than those of --dataset="
                         f"{config['dataset']} now ({', '.join(differ)} differ); prepare them as "
@@ -379,10 +380,10 @@ def download(source):
 
 def is_jax(path):
     """Whether it is an Orbax folder, or flax's msgpack: a small map."""
-    if os.path.isdir(path) or path.endswith('.safetensors'):
-        return os.path.isdir(path)
+    if os.path.isdir(path):
+        return True
     with open(path, 'rb') as f:
-        return b'\x81' <= f.read(1) <= b'\x8f'
+        return b'\x81' <= f.read(1) <= b'\x8f' and not path.endswith('.safetensors')
 
 
 def load_weights(source, known):
