@@ -287,10 +287,10 @@ def carry(c, out_dir):
     return replace(c, **names)
 
 
-def find_parts(settings, path):
+def find_parts(settings, path, ckpt):
     """
-    Where the tokenizer and the encoder that a run carries lie: beside its checkpoint -> settings to
-    change. UserError if they are not there.
+    Where the tokenizer and the encoder that a run carries lie: beside its checkpoint; of older
+    versions with the bins -> settings to change. UserError if they are gone, or were made again.
     """
     found = {}
     for part in PARTS:
@@ -302,9 +302,20 @@ def find_parts(settings, path):
         elif name == part or not os.path.isdir(name):
             raise UserError(f"{path} needs its {part}; copy it from where the model was trained "
                             f"to {beside}")
-        else:       # older versions left it with the bins, which may have been prepared again since
-            print(f"{path}: taking the {part} that is in {name} now")
+        elif prepared_again(os.path.dirname(name), ckpt):
+            raise UserError(f"{path} needs its {part}, but {os.path.dirname(name)} was prepared "
+                            f"again since; copy the one it was trained with to {beside}")
     return found
+
+
+def prepared_again(folder, ckpt):
+    """Whether a set has other bins than those of a checkpoint of an older version."""
+    file = os.path.join(folder, 'meta.json')
+    if 'data' not in ckpt or not os.path.exists(file):
+        return False
+    with open(file, encoding='utf-8') as f:
+        now = json.load(f)['checksums']
+    return any(now.get(name) != was for name, was in ckpt['data']['checksums'].items())
 
 # -------------------------------------------------------------------------------------------------
 # where: a file, a folder, the hub
@@ -414,4 +425,4 @@ def read_settings(path, ckpt, sizes, known):
     if unknown := sorted(settings.keys() - known):
         raise UserError(f"{path} has settings that this code does not know: {', '.join(unknown)}; "
                         "was it written by a later version?")
-    return settings | find_parts(settings, path) | sizes
+    return settings | find_parts(settings, path, ckpt) | sizes

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import io
+import json
 import os
 import pickle
 import random
@@ -395,8 +396,10 @@ def write_run(out_dir, bins, **more):
 
 def old_run(out_dir, bins):
     """As older versions wrote it: tokenizer and encoder are those of the set, by their paths."""
+    meta = json.loads((bins / 'tiny' / 'meta.json').read_text())
     parts = {part: str(bins / 'tiny' / part) for part in ('tokenizer', 'encoder')}
-    write_run(out_dir, bins, model_args=asdict(small(**OF_THE_BINS, **parts).config))
+    write_run(out_dir, bins, data=dict(checksums=meta['checksums']),
+              model_args=asdict(small(**OF_THE_BINS, **parts).config))
 
 
 def test_a_run_is_whole(bins, tmp_path):
@@ -465,13 +468,17 @@ def test_a_file_without_its_folders(bins, tmp_path, monkeypatch):
         ELF.from_pretrained(str(tmp_path / 'other'))
 
 
-def test_a_run_of_older_versions(bins, tmp_path, capsys):
-    """Its tokenizer is where it was, which is said; gone; put beside it."""
+def test_a_run_of_older_versions(bins, tmp_path):
+    """Its tokenizer is where it was; that of another set by the same name; gone; put beside it."""
     data, run = tmp_path / 'data', tmp_path / 'run'
     shutil.copytree(bins / 'tiny', data / 'tiny')
     old_run(run, data)
     assert ELF.from_pretrained(str(run)).config.tokenizer == str(data / 'tiny' / 'tokenizer')
-    assert f'taking the tokenizer that is in {data}/tiny/tokenizer now' in capsys.readouterr().out
+    meta = json.loads((data / 'tiny' / 'meta.json').read_text())
+    meta['checksums']['train.bin'] = 'f' * 64
+    (data / 'tiny' / 'meta.json').write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=f'but {data}/tiny was prepared again since; copy'):
+        ELF.from_pretrained(str(run))
     shutil.move(data, tmp_path / 'elsewhere')
     with pytest.raises(UserError, match='needs its tokenizer; copy'):
         ELF.from_pretrained(str(run))
