@@ -175,6 +175,14 @@ signals = []        # (number, when) of those that came
 saving = False      # whether a checkpoint is being written
 
 
+def on_signals(handler):
+    """What to do at those that end a process, where it does not ignore them, as under nohup."""
+    for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
+        number = getattr(signal, name, signal.SIGINT)       # Windows has no SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def note_signals():
     """
     SIGTERM, Ctrl-C and a lost terminal ask to save and stop. A Ctrl-C some seconds later
@@ -187,10 +195,7 @@ def note_signals():
             raise KeyboardInterrupt
 
     signals.clear()
-    for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
-        number = getattr(signal, name, None)        # Windows has no SIGHUP; nohup ignores it
-        if number and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, note)
+    on_signals(note)
 
 
 def should_stop(started, max_minutes):
