@@ -432,7 +432,7 @@ def test_each_setting_has_one_default_and_is_read():
         # some are handed over all at once, and read by name
         read |= dict(zip(('train.py', 'sample.py'), (
             model_settings | {'wandb_log', 'wandb_project'},
-            {'input_file', 'num_samples', 'prompt', 'infill'}))).get(script, set())
+            {'input_file', 'num_samples'}))).get(script, set())
         assert settings_of(path).keys() <= read, script
 
 
