@@ -5,11 +5,11 @@ the student learns the clean latent that takes it to the same place in one.
 Progressive distillation as in the official code's branch `distillation` (utils/distill_utils.py,
 distill_train_step.py). train.py runs it: see config/owt_elf_b_pd.py.
 """
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from model import ELF, Draws, cross_entropy, draw, noise_rows, velocity
+from model import ELF, cross_entropy, draw, noise_rows, velocity
 from parts.data import check_vocabulary
 from parts.device import to_device
 from parts.process import UserError
@@ -34,18 +34,17 @@ def load_teacher(config, meta, init_from):
     return teacher
 
 
-@dataclass
-class StudentDraws(Draws):
-    stops: torch.Tensor         # (B, k+1), rising from 0 to 1: the teacher's k steps in a student's
-
-
 def draw_student(substeps, config, B, T, generator, device):
-    """model.draw, and where the teacher stops: its inner stops are drawn as t is."""
+    """
+    model.draw, with stops (B, k+1) as well, rising from 0 to 1: where the teacher's k substeps
+    divide a student's step; the inner ones are drawn as t is.
+    """
     draws = draw(config, B, T, generator, device)
     normal = torch.randn(B, substeps - 1, generator=generator).sort(dim=1).values
     inner = torch.sigmoid(config.t_mean + config.t_std * normal)
     stops = torch.cat((torch.zeros(B, 1), inner, torch.ones(B, 1)), dim=1)
-    return StudentDraws(**vars(draws), stops=to_device(stops, device))
+    draws.stops = to_device(stops, device)
+    return draws
 
 
 @torch.no_grad()
