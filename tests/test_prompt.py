@@ -156,7 +156,8 @@ def test_letters(letters):
     assert shown(letters, 'a ___ of___') == [*'a ... of...']
     assert shown(letters, '___a_____b') == [*'...a.....b']
     assert shown(letters, '______') == [*'......']
-    ids, known = known_tokens([encode_given('a___b', letters, ELFConfig())], ELFConfig(max_length=7))
+    c = ELFConfig(max_length=7)
+    ids, known = known_tokens([encode_given('a___b', letters, c)], c)
     assert ids.tolist() == [[4, 0, 0, 0, 5, 0, 0]] and known.tolist() == [[1, 0, 0, 0, 1, 0, 0]]
 
 
