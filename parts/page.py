@@ -125,8 +125,8 @@ def check_writable(name, file):
     """Before the work: UserError if the file that a setting names, if any, cannot be written."""
     try:
         os.makedirs(os.path.dirname(file) or '.', exist_ok=True)
-        if file:
-            open(file, 'a').close()
+        if os.path.isdir(file):
+            raise IsADirectoryError(None, 'it is a folder')
     except OSError as e:
         raise UserError(f"{name}={file!r} cannot be written: {e.strerror}") from None
 

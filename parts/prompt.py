@@ -91,8 +91,8 @@ def known_tokens(rows, c):
 
 def texts_in(given, ids, p, tokenizer, c):
     """
-    Decoded ids (B, T) and how likely they are -> lists of these for each text, up to its EOS. given:
-    rows of encode_given: a condition is left out, a prompt comes out as it is.
+    Decoded ids (B, T) and how likely they are -> lists of these for each text, up to its EOS.
+    given: rows of encode_given: a condition is left out, a prompt comes out as it is.
     """
     texts = []
     for row, ids, p in zip(given, ids.tolist(), p.tolist()):

@@ -246,7 +246,8 @@ def test_what_a_model_with_conditions_refuses(args, says, run, folder, tmp_path)
 def test_a_file_of_conditions_and_targets(args, ids, run, folder, tmp_path):
     """num_samples is how many texts in all; what the model will not see as it is, is said."""
     file = tmp_path / 'pairs.jsonl'
-    file.write_text('{"source": "abcdef", "target": "x"}\n{"input": "ü</s>", "target": 7, "n": 3}\n')
+    file.write_text('{"source": "abcdef", "target": "x"}\n'
+                    '{"input": "ü</s>", "target": 7, "n": 3}\n')
     out = run('sample.py', f'--init_from={folder}/tasks', f'--out_dir={tmp_path}', '--device=cpu',
               f'--input_file={file}', *args)
     lines = (tmp_path / 'samples.jsonl').read_text().splitlines()

@@ -217,7 +217,8 @@ def test_auto_packs_what_it_says(fast, monkeypatch):
 
 @pytest.mark.parametrize('device, dtype, says', [
     ('tpu', 'auto', "device='tpu' is not available here; this machine has .*cpu"),
-    ('cpu:x', 'auto', "device='cpu:x' is not available here"), ('cpu', 'fp8', "dtype='fp8' is not")])
+    ('cpu:x', 'auto', "device='cpu:x' is not available here"),
+    ('cpu', 'fp8', "dtype='fp8' is not one of auto, float32, bfloat16")])
 def test_devices_that_are_not_there(device, dtype, says):
     with pytest.raises(UserError, match=says):
         pick_device(device, dtype)
