@@ -276,7 +276,7 @@ if __name__ == '__main__':
 
     # ---- show ------------------------------------------------------------------------------------
     for row in rows:
-        print(f"--- {row['id']} {printable(row.get('input', ''))}")
+        print(f"--- {row['id']}: {printable(row.get('input', ''))}")
         print('\n'.join(map(printable, row['generated'].split('\n'))))
         if 'target' in row:
             print(f"target: {printable(str(row['target']))}")

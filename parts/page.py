@@ -58,9 +58,8 @@ def make_frame(step, times, texts, tasks, tokenizer):
     shown = []
     for t, (ids, p), task in zip(times.tolist(), texts, tasks):
         tokens = token_texts(ids, tokenizer)
-        right = ''.join(tokens).split() == str(task.get('target', '')).split()
-        shown.append(dict(task, t=t, tokens=tokens, right=right and 'target' in task,
-                          p=[round(x, 3) for x in p]))
+        right = ''.join(tokens).split() == str(task.get('target', '')).split() != []
+        shown.append(dict(task, t=t, tokens=tokens, right=right, p=[round(x, 3) for x in p]))
     return dict(step=step, texts=shown)
 
 

@@ -51,7 +51,7 @@ def read_tasks(config, named, source, tokenizer, c):
     takes, kind = (set(), {'prompt'}), 'without conditions; it takes --prompt="..."'
     if c.max_input_length:
         takes = {'input'}, {'input_file'}
-        kind = 'with conditions; give it either --input="..." or --input_file=x.jsonl'
+        kind = 'with conditions; give --input="..." or --input_file=x.jsonl'
     if named & {'input', 'input_file', 'prompt'} not in takes:
         raise UserError(f"{source} is a model {kind}")
     count, file = config['num_samples'], config['input_file']
@@ -63,8 +63,8 @@ def read_tasks(config, named, source, tokenizer, c):
     texts = [row['input'] for row in rows]
     unknown = [found for text in texts if (found := unknown_in(text, tokenizer))]
     if unknown:
-        print(f"{len(unknown)} of {len(texts)} conditions have what the model was not trained on, "
-              f"such as {unknown[0]!r}")
+        print(f"{len(unknown)} of {len(texts)} conditions have what the model was not trained on "
+              f"and cannot read, such as {unknown[0]!r}")
     longest = 1 + max(len(encode(text, tokenizer)) for text in texts)
     if longest > c.max_input_length:
         print(f"the longest condition has {longest} tokens with its EOS, more than the model was "

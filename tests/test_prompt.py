@@ -231,9 +231,9 @@ def test_what_is_refused(args, says, run, folder, tmp_path):
 
 
 @pytest.mark.parametrize('args, says', [
-    (['--prompt=abc'], 'is a model with conditions; give it either --input='),
-    ([], 'is a model with conditions; give it either --input='),
-    (['--input=a', '--input_file=b'], 'is a model with conditions; give it either --input=')])
+    (['--prompt=abc'], 'is a model with conditions; give --input='),
+    ([], 'is a model with conditions; give --input='),
+    (['--input=a', '--input_file=b'], 'is a model with conditions; give --input=')])
 def test_what_a_model_with_conditions_refuses(args, says, run, folder, tmp_path):
     with pytest.raises(UserError, match=says) as e:
         run('sample.py', f'--init_from={folder}/tasks', f'--out_dir={tmp_path}', '--device=cpu',
@@ -255,16 +255,18 @@ def test_a_file_of_conditions_and_targets(args, ids, run, folder, tmp_path):
     assert [row['id'] for row in rows] == list(range(len(ids)))
     assert [(row['input'], row['target']) for row in rows] == [
         [('abcdef', 'x'), ('ü</s>', 7)][i] for i in ids]
-    assert "1 of 2 conditions have what the model was not trained on, such as 'ü </s>'\n" in out
+    assert "1 of 2 conditions have what the model was not trained on and cannot" in out
+    assert "such as 'ü </s>'\n" in out
     assert 'the longest condition has 7 tokens with its EOS, more than the model was' in out
-    assert '--- 0 abcdef\n' in out and '\ntarget: x\n' in out
+    assert '--- 0: abcdef\n' in out and '\ntarget: x\n' in out
     assert len({row['generated'] for row in rows[::2]}) == len(rows[::2])       # not the same twice
 
 
 def test_a_condition_that_the_model_does_not_know_is_answered_with_a_note(run, folder, tmp_path):
     out = run('sample.py', f'--init_from={folder}/tasks', f'--out_dir={tmp_path}', '--device=cpu',
               '--input=aB7')
-    assert "1 of 1 conditions have what the model was not trained on, such as 'B 7'\n" in out
+    assert "1 of 1 conditions have what the model was not trained on and cannot read" in out
+    assert "such as 'B 7'\n" in out
     assert '1 of 1 texts in ' in out and 'longest' not in out
 
 
