@@ -225,8 +225,8 @@ def open_model(init_from, meta, config, device, bf16):
     and perhaps 'target', none if it is a model without conditions. UserError if it does not fit.
     """
     source, file = init_from or config['out_dir'], config['input_file']
-    model, encoder, conditions = load_model(init_from, config['out_dir']).to(device), None, []
-    c = model.config
+    model = load_model(init_from, config['out_dir']).to(device)
+    c, encoder, conditions = model.config, None, []
     if meta:
         check_vocabulary(meta, c, source)
     if bool(c.max_input_length) != bool(file or meta and meta.get('conditional')):
@@ -245,7 +245,7 @@ def open_model(init_from, meta, config, device, bf16):
 def open_models(combos, meta, config, device, bf16):
     """
     combinations' dicts -> {source: what open_model gives}, and of each combination a dict: 'source'
-    and when its weights were written, the sampler's settings, passes a text ('nfe').
+    and when its weights were written, the sampler's settings.
     """
     models, plan = {}, []
     for init_from, *given in map(dict.values, combos):
@@ -257,9 +257,8 @@ def open_models(combos, meta, config, device, bf16):
         if sampling['cfg'] != 1 and not c.max_input_length:
             raise UserError(f"cfg={sampling['cfg']}: {source} is a model without conditions; "
                             "drop it")
-        nfe = sampling['steps'] * (1 if sampling['cfg'] == 1 else 2)
         weights = os.path.getmtime(find_checkpoint(source))
-        plan.append(dict(source=source, weights=weights, nfe=nfe, **sampling))
+        plan.append(dict(source=source, weights=weights, **sampling))
     return models, plan
 
 
@@ -336,12 +335,12 @@ if __name__ == '__main__':
                 with autocast(device, bf16):
                     runs.append(sample_set(*models[entry['source']], num_samples, sampling, s,
                                            batch_size, file))
-            row = entry | dict(seconds=time.time() - began)
+            row = entry | dict(seconds=round(time.time() - began, 2))
             if rank == 0:
                 row |= over_runs([measure(run, limit, judges) for run in runs or [texts]])
                 add_lines(log, [row] if sweep else [])
         rows.append(row)
-    if dist.is_initialized():
+    if world > 1:
         dist.destroy_process_group()
     if rank:
         sys.exit()

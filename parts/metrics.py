@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from parts.process import UserError, from_hub
+from parts.process import from_hub
 
 # --------------------------------------------------------------------------------------------------
 # no judge
@@ -38,16 +38,9 @@ def entropy(ids):
 
 
 def repetition(ids_list):
-    """Share of the tokens of all texts in a 5-gram that its own text holds three times or more."""
-    inside = 0
-    for ids in ids_list:
-        grams = list(ngrams(tuple(ids), 5))
-        counts, repeated = Counter(grams), set()
-        for i, gram in enumerate(grams):
-            if counts[gram] >= 3:
-                repeated.update(range(i, i + 5))
-        inside += len(repeated)
-    return inside / max(1, sum(map(len, ids_list)))
+    """Share of the 5-grams of all texts that their own text holds three times or more."""
+    counts = [n for ids in ids_list for n in Counter(ngrams(tuple(ids), 5)).values()]
+    return sum(n for n in counts if n >= 3) / max(1, sum(counts))
 
 
 def distinct(ids_list, limit=sys.maxsize):
@@ -160,8 +153,6 @@ def load_judge(name, device):
     with from_hub("no judge, a causal LM (--judge=ngram needs no download)", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().to(device)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"judge {name!r}: its tokenizer has no EOS, which texts are filled with")
     return model, tokenizer
 
 
@@ -210,19 +201,19 @@ def float32_products():
 
 @torch.no_grad()
 @float32_products()
-def gen_ppl(texts, judge, batch_size=8, device='cpu', max_length=1024):
+def gen_ppl(texts, judge, batch_size=8, device='cpu'):
     """
     Generative perplexity, the official JAX protocol [utils/metrics_utils.py] -> dict. Blank texts
-    are left out. The judge's (GPT-2's) ids, cut to max_length, filled with EOS to the longest of
+    are left out. The judge's (GPT-2's) ids, cut to 1024, filled with EOS to the longest of
     the set. Scored: every token but a row's first that is no EOS or the first EOS, so the first
     fill token too. gen_ppl = exp(sum nll / sum tokens) over all texts. entropy: nats over the ids
     without fill, mean over texts.
     """
     model, tokenizer = load_judge(judge, str(device))
     eos = tokenizer.eos_token_id
-    limit = getattr(model.config, 'max_position_embeddings', max_length)
+    limit = min(1024, getattr(model.config, 'max_position_embeddings', 1024))
     encode = partial(tokenizer.encode, add_special_tokens=False, verbose=False)
-    rows = judge_ids(texts, encode, min(max_length, limit))
+    rows = judge_ids(texts, encode, limit)
     width = max(map(len, rows), default=0)
     nll, tokens = 0.0, 0
     for first in tqdm(range(0, len(rows), batch_size), desc='judge', disable=None, leave=False):
@@ -270,12 +261,14 @@ COLUMNS = dict(
     nats_per_char='nats/char', nats_per_token='/token', gen_ppl='ppl', entropy='entropy',
     distinct_4_judge='dist-4', entropy_own='own ent', distinct_4='own d-4', repetition='repeat',
     bleu='BLEU', rouge1='R-1', rouge2='R-2', rougeL='R-L', exact='exact', exact_stderr='+-',
-    empty='empty', nfe='NFE', seconds='seconds')
+    empty='empty', seconds='seconds')
 LEGEND = dict(
-    nats_per_char="nats: of a 5-gram of characters, a 3-gram of tokens; of real text, the same",
-    entropy="entropy, dist-4: over the judge's tokens (GPT-2's), nats; share of different 4-grams",
-    entropy_own="own: the same over the tokens of the model or the dataset, else words",
-    repetition="repeat: share of tokens in 5-grams that their text has three times or more",
+    nats_per_char="nats: of each by a 5-gram of characters, a 3-gram of tokens",
+    entropy="entropy, dist-4: of the judge's tokens (GPT-2's); nats, share of different 4-grams",
+    entropy_own="own: the same of the tokens of the model or the dataset, else words",
+    repetition="repeat: share of the 5-grams that their text holds three times or more",
+    bleu="BLEU, R: of scripts other than a to z by words, or by characters where no spaces are",
+    rouge2="R-2: of pairs of words, 0 for texts of one word",
     exact="exact, +-: share of texts equal to their target, its standard error")
 
 
@@ -303,9 +296,7 @@ def over_runs(results):
     """Metrics of each run -> their means, and with several runs the standard errors of these."""
     if len(results) == 1:
         return results[0]
-    means, errors = {}, {}
-    for key in results[0]:
-        numbers = [row[key] for row in results]
-        means[key] = mean(numbers)
-        errors[key] = float(np.std(numbers, ddof=1)) / math.sqrt(len(numbers))
+    columns = {key: [row[key] for row in results] for key in results[0]}
+    errors = {key: float(np.std(x, ddof=1)) / math.sqrt(len(x)) for key, x in columns.items()}
+    means = {key: mean(x) for key, x in columns.items()}
     return means | dict(stderr=errors, by_seed=results)

@@ -9,7 +9,7 @@ AXES = dict(
     nats_per_char='nats per character of the n-gram judge (lower is better)',
     gen_ppl='generative perplexity (lower is better)', bleu='BLEU (higher is better)',
     entropy='entropy of a text, nats (GPT-2 tokens)', entropy_own='entropy of a text, nats',
-    distinct_4='share of different 4-grams', nfe='passes through the network for a text')
+    distinct_4='share of different 4-grams', steps='steps of the sampler')
 
 
 def read_rows(file):
@@ -24,29 +24,19 @@ def read_rows(file):
     return rows
 
 
-def read_series(file):
-    """
-    metrics.jsonl -> {name: {iteration: number}}. A run that was resumed has written again what came
-    after its checkpoint: the last line of an iteration counts.
-    """
-    series = defaultdict(dict)
-    for row in read_rows(file):
-        for name, x in row.items():
-            if 'iter' in row and isinstance(x, (int, float)):
-                series[name][row['iter']] = x
-    return series
-
-
 def plot_losses(out_dir):
-    """metrics.jsonl -> loss.png."""
+    """
+    metrics.jsonl -> loss.png. A run that was resumed has written again what came after its
+    checkpoint: the last line of an iteration counts.
+    """
     from matplotlib.figure import Figure
-    series = read_series(os.path.join(out_dir, 'metrics.jsonl'))
+    rows = [row for row in read_rows(os.path.join(out_dir, 'metrics.jsonl')) if 'iter' in row]
     titles = dict(l2='denoise: l2 of the velocity', ce='decode: cross-entropy, nats per token')
     fig = Figure(figsize=(10, 4), layout='constrained')
     for axis, (part, title) in zip(fig.subplots(1, 2), titles.items()):
         for name, line, label in ((part, '-', 'train'), ('val_' + part, 'o-', 'validation')):
-            if points := sorted(series[name].items()):
-                axis.plot(*zip(*points), line, markersize=3, linewidth=1, label=label)
+            if points := {row['iter']: row[name] for row in rows if row.get(name)}:
+                axis.plot(*zip(*sorted(points.items())), line, markersize=3, label=label)
                 axis.legend()
         axis.set(title=title, xlabel='iteration', yscale='log')
         axis.grid(alpha=0.3)
