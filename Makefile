@@ -1,31 +1,38 @@
-# The two commands: make demo (text out of noise, on a CPU, in minutes) and make test. What they run
-# stands in README.md, too.
+# The two commands: make demo (numbers become words, on a CPU, in minutes) and make test.
+# What they run stands in README.md, too.
 PYTHON ?= python3
 DEMO ?=
-DEMO_SAMPLES ?= 200
+ASKED ?= 1000
 
-.PHONY: demo test lint stress
+.PHONY: demo prose test lint stress
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q -r requirements.txt
 	touch .venv/ready
 
+# run again it goes on where it was, or only asks
 demo: .venv/ready
-	@echo "ELF learns to write about Python, from Python's own documentation: three to six minutes on"
-	@echo "two CPU cores, nothing is downloaded; its loss line tells how much time is left"
-	.venv/bin/python prepare.py
-	.venv/bin/python train.py config/demo.py $(DEMO)
-	.venv/bin/python sample.py --out_dir=out/demo --num_samples=8 --trace=8 \
-		--html=out/demo/page.html
-	.venv/bin/python eval.py --out_dir=out/demo --dataset=pydocs --judge=ngram \
-		--num_samples=$(DEMO_SAMPLES) --batch_size=50 --eval_iters=5
+	@echo "ELF learns to read numbers aloud: three to five minutes on two CPU cores, nothing is"
+	@echo "downloaded; the end of each loss line tells how much time is left"
+	.venv/bin/python prepare.py --dataset=numbers
+	.venv/bin/python train.py config/numbers.py --init_from=auto $(DEMO)
+	.venv/bin/python eval.py --out_dir=out/numbers --dataset=numbers --num_samples=$(ASKED) \
+		--batch_size=100 --eval_iters=5
+	head -n 8 data/numbers/val.jsonl > out/numbers/eight.jsonl
+	.venv/bin/python sample.py --out_dir=out/numbers --input_file=out/numbers/eight.jsonl \
+		--html=out/numbers/page.html
 	@echo
-	@echo "look:      out/demo/page.html in a browser: the texts come out of the noise; loss.png"
-	@echo "try next:  .venv/bin/python sample.py --out_dir=out/demo --seed=7 --trace=32"
-	@echo "           .venv/bin/python sample.py --out_dir=out/demo --prompt=' the'"
-	@echo "           .venv/bin/python prepare.py --dataset=my.txt"
-	@echo "           .venv/bin/python train.py config/demo.py --dataset=my --out_dir=out/my"
+	@echo "look:    out/numbers/page.html in a browser: the answers come out of the noise"
+	@echo "ask:     .venv/bin/python sample.py --out_dir=out/numbers --input=4071 --trace=8"
+	@echo "next:    make prose, the same on the documentation inside every Python"
+
+prose: .venv/ready
+	.venv/bin/python prepare.py --dataset=pydocs
+	.venv/bin/python train.py config/pydocs.py --init_from=auto
+	.venv/bin/python eval.py --out_dir=out/pydocs --dataset=pydocs --judge=ngram \
+		--num_samples=200 --batch_size=50
+	.venv/bin/python sample.py --out_dir=out/pydocs --trace=8 --html=out/pydocs/page.html
 
 test: lint
 	.venv/bin/python -m pytest -q tests

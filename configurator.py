@@ -1,7 +1,7 @@
 """
 Settings from Python config files and the command line, left to right:
 
-    python train.py config/demo.py --batch_size=32 --compile=true
+    python train.py config/numbers.py --batch_size=32 --compile=true
 
 A script's settings are its top-level assignments of a number, text or true/false;
 configure(globals()) overrides them and returns them as a dict. --help prints them with their

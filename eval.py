@@ -1,11 +1,11 @@
 """
 How good are the texts? Sample a checkpoint, or take a file of texts, and measure.
 
-    python eval.py --out_dir=out/demo --dataset=pydocs --judge=ngram    # no download
+    python eval.py --out_dir=out/pydocs --dataset=pydocs --judge=ngram    # no download
     python eval.py --init_from=embedded-language-flows/ELF-B-owt-torch  # the official protocol
     python eval.py --samples=out/samples.jsonl    # score what exists; with 'target': BLEU and ROUGE
     python eval.py --samples=x.jsonl --judge=none --gpt2=gpt2   # GPT-2's tokens without GPT-2
-    python eval.py --out_dir=out/demo --dataset=pydocs --judge=ngram --num_samples=200 \
+    python eval.py --out_dir=out/pydocs --dataset=pydocs --judge=ngram --num_samples=200 \\
         --sweep="steps=4,8,16,32 gamma=0,1,1.5,2,3"     # table and picture; run again, it goes on
 
 Read the columns together: repetition lowers the perplexity of a judge, and entropy and distinct-4

@@ -50,7 +50,7 @@ class ELFConfig:
     t_mean: float = -1.5             # t = sigmoid(N(t_mean, t_std))
     t_std: float = 0.8
     t_eps: float = 0.05              # floor of 1 - t in v, caps its factor at 20
-    noise_scale: float = 2.0  # of the noise at t=0; belongs to the latent width, see config/demo.py
+    noise_scale: float = 2.0         # of the noise at t=0; 2 * sqrt(C / 512) for other widths C
     self_cond_prob: float = 0.5      # share of the denoise rows that see their own first guess
     w_min: float = 0.5               # 1 + w is log-uniform between 1 + w_min and 1 + w_max
     w_max: float = 5.0

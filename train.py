@@ -1,7 +1,7 @@
 """
 How ELF is trained. The settings below are the published recipe: ELF-B on OpenWebText.
 
-    python train.py config/demo.py                                     # a CPU, minutes
+    python train.py config/numbers.py                                  # a CPU, minutes
     python train.py config/gpu_debug.py                                # one small GPU, minutes
     torchrun --nproc_per_node=8 train.py config/owt_elf_b.py           # one node of 8 GPUs
 """

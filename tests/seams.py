@@ -1,7 +1,7 @@
 """
 What prompts are worth: real rows with a part filled in, judged by n-grams of the training text.
 
-    python tests/seams.py out/demo data pydocs 100      # model, data_dir, dataset, rows
+    python tests/seams.py out/pydocs data pydocs 100      # model, data_dir, dataset, rows
 
 Nats per character (5-gram) and per token (3-gram) over what was filled in and what comes after it
 and has it in its context. pasted: the same places of an unconditional sample; held: as sample.py

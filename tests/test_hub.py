@@ -225,6 +225,13 @@ def test_a_set_by_name(ask, tmp_path):
         assert ids.tolist() == [first, 1, first + 1, 1]
 
 
+def test_a_pasted_address(ask, tmp_path):
+    code, out, err = ask('online', 'prepare.py', '--tokenizer=org/t5', '--encoder=org/t5',
+                         '--dataset=https://huggingface.co/datasets/org/ids/tree/main',
+                         '--name=ids', f'--data_dir={tmp_path}')
+    assert code == 0 and (tmp_path / 'ids' / 'meta.json').exists(), err
+
+
 @pytest.mark.parametrize('state, n, says', [
     ('online', 'missing-', 'check the spelling'), ('online', 'gated-', 'accepted its terms'),
     ('online', 'token-', 'hf auth login'), ('online', 'cut-', 'check the spelling and the network'),
