@@ -37,7 +37,7 @@ from parts.metrics import (count_ids, find_targets, gen_ppl, judge_ids, load_gpt
                            load_judge, mean, measure, ngram_nats, over_runs, print_table,
                            train_ngram)
 from parts.plots import plot_losses, plot_sweep, read_rows  # noqa: F401
-from sample import GRIDS, SAMPLERS, load_model, resolve_sampling, sample_texts
+from sample import CHOICES, load_model, resolve_sampling, sample_texts  # noqa: F401
 
 # --------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); texts and metrics.jsonl go here
@@ -71,7 +71,6 @@ dtype = 'auto'              # of sampling: 'float32' or 'bfloat16'; the judge is
 compile = False             # torch.compile the network: a minute first, then faster
 # --------------------------------------------------------------------------------------------------
 
-CHOICES = dict(sampler=('', *SAMPLERS), grid=('', *GRIDS))
 AT_LEAST_1 = ('num_samples', 'batch_size', 'steps')
 SWEPT = ('init_from', 'steps', 'sampler', 'gamma', 'w', 'cfg', 'grid')
 
@@ -107,8 +106,8 @@ def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, objective=
     bins = [mean([part['l2'] for part in parts[i::T_BINS] if 'l2' in part]) for i in range(T_BINS)]
     l2 = mean([x for x in bins if not math.isnan(x)])
     ce = mean([part['ce'] for part in parts if 'ce' in part])
-    shares = (1 - c.decoder_prob, l2), (c.decoder_prob, ce)
-    loss = sum(share * x for share, x in shares if share)       # a branch that is off has no mean
+    p = c.decoder_prob          # a branch that is off has no mean
+    loss = sum(share * x for share, x in ((1 - p, l2), (p, ce)) if share)
     return dict(loss=loss, l2=l2, ce=ce, l2_bins=bins)
 
 
@@ -124,9 +123,10 @@ def write_few(model, encoder, meta, file, seed):
     c, tokenizer, conditions = model.config, load_tokenizer(meta['tokenizer']), []
     if c.max_input_length:
         ids, index = open_split(meta, 'val')        # there may be no val.jsonl
-        conditions = [read_row(ids, index, r)[0] for r in range(len(index))[:4]]
-        texts = tokenizer.batch_decode(conditions, skip_special_tokens=True)
-        conditions = [dict(input=text) for text in texts]
+        for r in range(len(index))[:4]:
+            condition, _ = read_row(ids, index, r)
+            text = tokenizer.decode(condition, skip_special_tokens=True)
+            conditions.append(dict(input=text))
     rows = sample_set(model, tokenizer, encoder, conditions, 4, resolve_sampling(c), seed, 4, file)
     print0(f"{file} | {printable(rows[0]['generated'])[:120]}")
 
@@ -290,15 +290,14 @@ if __name__ == '__main__':
     config = configure(globals())
     if samples and (sweep or init_from):
         raise UserError("--samples are scored as they are; drop it, or --sweep and --init_from")
-    numbers = seeds.split(',') if seeds else []
-    seeds = [check_value(globals(), 'seed', s, '--seeds') for s in numbers] or [seed]
+    seeds = [check_value(globals(), 'seed', s, '--seeds') for s in seeds.split(',') if s] or [seed]
     combos = combinations(sweep, config)
     device, bf16, about = start(device, dtype)
     rank, world = rank_and_world()
 
     # ---- what is missing or wrong shows here, before the sampling; nothing is written yet --------
     meta = open_bins(data_dir, dataset) if dataset else None
-    models, real, known = {}, [], []
+    models, real = {}, []
     if samples:
         texts, plan = read_samples(samples, input_file, meta), [dict(source=samples)]
     else:
@@ -313,8 +312,7 @@ if __name__ == '__main__':
         judges = make_judges(judge, gpt2, meta, device)
         make_out_dir(out_dir)
         add_lines(log, [])
-        known = read_rows(log) if sweep else []
-    known = gather(known)[0]            # what is on the first rank's disk
+    known = gather(read_rows(log) if sweep and rank == 0 else [])[0]
     print0(f"device: {about}, ranks: {world}; judge: {judge}")
 
     # ---- the texts: each rank samples its share, the first one measures --------------------------

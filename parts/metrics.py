@@ -284,9 +284,8 @@ def print_table(results):
     width = max(map(len, lines))
     print('\n' + ' ' * width, *(COLUMNS[key].rjust(9) for key in keys))
     for name, row in lines.items():
-        numbers = [row.get(key) for key in keys]
-        shown = [f'{x:#.4g}' if isinstance(x, float) else '' if x is None else str(x)
-                 for x in numbers]
+        numbers = [row.get(key, '') for key in keys]
+        shown = [f'{x:#.4g}' if isinstance(x, float) else str(x) for x in numbers]
         if row:
             print(name.ljust(width), *(x.rjust(9) for x in shown))
     print(*(text for key, text in LEGEND.items() if key in keys), sep='\n')

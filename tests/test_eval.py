@@ -247,7 +247,7 @@ def test_exit_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('arg', ['num_samples=0', 'batch_size=0', 'seed=-1',
-                                 'eval_iters=-1', 'seeds=1,', 'seeds=1.5', 'steps=0',
+                                 'eval_iters=-1', 'seeds=1,x', 'seeds=1.5', 'steps=0',
                                  'sampler=sdf', 'seeds=1,-2', 'gamma=-2'])
 def test_settings_out_of_range(evaluate, arg):
     with pytest.raises(UserError, match=arg.partition('=')[0]):

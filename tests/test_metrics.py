@@ -137,7 +137,7 @@ def test_table_leaves_empty_columns_out_and_fits_a_terminal(capsys):
     paired = ('bleu', 'rouge1', 'rouge2', 'rougeL', 'exact', 'exact_stderr')
     others = ('gen_ppl', 'entropy', 'distinct_4_judge', 'seconds')
     row = {key: 0.5 for key in COLUMNS if key not in paired + others}
-    print_table({'samples': row, 'real': {'empty': 0, 'distinct_4': None}})
+    print_table({'samples': row, 'real': {'empty': 0}})
     head, samples, real, *notes = capsys.readouterr().out.strip('\n').split('\n')
     assert 'own ent' in head and 'BLEU' not in head and 'ppl' not in head
     assert len(samples) == len(head) <= 80 and real.split() == ['real', '0'] and len(notes) == 3
