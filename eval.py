@@ -252,11 +252,7 @@ def open_models(combos, meta, config, device, bf16):
         source = init_from or config['out_dir']
         if source not in models:
             models[source] = open_model(init_from, meta, config, device, bf16)
-        c = models[source][0].config
-        sampling = resolve_sampling(c, *given)
-        if sampling['cfg'] != 1 and not c.max_input_length:
-            raise UserError(f"cfg={sampling['cfg']}: {source} is a model without conditions; "
-                            "drop it")
+        sampling = resolve_sampling(models[source][0].config, *given)
         weights = os.path.getmtime(find_checkpoint(source))
         plan.append(dict(source=source, weights=weights, **sampling))
     return models, plan

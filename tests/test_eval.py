@@ -358,7 +358,8 @@ def test_conditions_for_a_model_without(evaluate, trained, tmp_path):
             evaluate(*trained, cfg)
 
 
-def test_compiled_one_graph_serves_all_steps(evaluate, trained, monkeypatch):
+@pytest.mark.parametrize('sampler', ['ode', 'sde'])
+def test_compiled_one_graph_serves_all_steps(evaluate, trained, monkeypatch, sampler):
     graphs = []
 
     def backend(graph, example_inputs):
@@ -369,7 +370,7 @@ def test_compiled_one_graph_serves_all_steps(evaluate, trained, monkeypatch):
         module.compile(backend=backend, dynamic=False)
         return True
 
-    args = [*trained, '--eval_iters=0', '--num_samples=4', '--sampler=ode']
+    args = [*trained, '--eval_iters=0', '--num_samples=4', f'--sampler={sampler}']
     plain = evaluate(*args)
     torch._dynamo.reset()
     monkeypatch.setattr(device, 'compile_in_place', compile_in_place)
