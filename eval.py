@@ -37,7 +37,7 @@ from parts.metrics import (count_ids, find_targets, gen_ppl, judge_ids, load_gpt
                            load_judge, mean, measure, ngram_nats, over_runs, print_table,
                            train_ngram)
 from parts.plots import plot_losses, plot_sweep, read_rows  # noqa: F401
-from sample import CHOICES, load_model, resolve_sampling, sample_texts  # noqa: F401
+from sample import CHOICES, load_model, resolve_sampling, sample_texts  # noqa: F401, for configure
 
 # --------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); texts and metrics.jsonl go here
