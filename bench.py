@@ -24,7 +24,7 @@ from transformers import T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
 from parts.data import get_rows
-from parts.device import autocast, compile_in_place, describe, pack_linears, pick_device
+from parts.device import autocast, compile_in_place, pack_linears, start
 from model import ELF, MODELS, TextEncoder, compute_loss, draw, encode_rows, estimate_flops
 from parts.muon import make_optimizer
 from sample import decode_ids, generate, time_grid
@@ -190,14 +190,14 @@ if __name__ == '__main__':
     if min(batch_size, max_length, sample_batch_size, sample_length, sample_steps, runs) < 1:
         raise UserError("batch_size, max_length, sample_batch_size, sample_length, sample_steps "
                         "and runs start at 1")
-    device, bf16, name = pick_device(device, dtype)
+    device, bf16, about = start(device, dtype)
     ctx = autocast(device, bf16)
     torch.manual_seed(seed)
     c = MODELS[size]
     model = ELF(c).to(device)
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.02)
-    compiled = compile and compile_in_place(model, device)
-    report = dict(size=size, device=describe(device, bf16, name, dtype), compile=compiled)
+    compiled = compile and compile_in_place(model, device=device)
+    report = dict(size=size, device=about, compile=compiled)
     print(f"device: {report['device']}, compile {'on' if compiled else 'off'}")
     print(f"{size}: {sum(p.numel() for p in model.parameters()):,} parameters")
 

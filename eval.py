@@ -1,23 +1,25 @@
 """
 How good are the texts? Sample a checkpoint, or take a file of texts, and measure.
 
-    python eval.py --out_dir=out/demo --dataset=pydocs --judge=ngram    # no download
+    python eval.py --out_dir=out/pydocs --dataset=pydocs --judge=ngram    # no download
     python eval.py --init_from=embedded-language-flows/ELF-B-owt-torch  # the official protocol
     python eval.py --samples=out/samples.jsonl    # score what exists; with 'target': BLEU and ROUGE
-    python eval.py --out_dir=out/demo --dataset=pydocs --judge=ngram --num_samples=200 \\
+    python eval.py --samples=x.jsonl --judge=none --gpt2=gpt2   # GPT-2's tokens without GPT-2
+    python eval.py --out_dir=out/pydocs --dataset=pydocs --judge=ngram --num_samples=200 \\
         --sweep="steps=4,8,16,32 gamma=0,1,1.5,2,3"     # table and picture; run again, it goes on
 
 Read the columns together: repetition lowers the perplexity of a judge, and entropy and distinct-4
 with it; what is copied from the training text is made of words and has a low perplexity, too.
 """
-from configurator import UserError, configure, from_hub       # first: see there
+from configurator import UserError, check_value, configure, from_hub       # first: see there
 
+import itertools
 import math
 import os
 import re
 import sys
 import time
-from collections import defaultdict
+from functools import partial
 from operator import itemgetter
 
 import numpy as np
@@ -25,19 +27,19 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from parts.checkpoint import make_out_dir
-from parts.data import (check_vocabulary, cut_at_eos, get_rows, load_tokenizer, open_bins,
-                        open_split, read_inputs, read_jsonl, read_row, to_json, write_jsonl)
-from parts.device import (autocast, describe, gather, join_ranks, own_device, pack_linears,
-                          pick_device, print0, rank_and_world)
-from parts.distill import distill_loss, draw_times
-from parts.metrics import (count_tokens, find_targets, load_judge, mean, measure, over_runs,
-                           print_gap, print_table, signs, train_ngram)
-from parts.metrics import bleu, entropy, gen_ppl, rouge  # noqa: F401
 from model import TextEncoder, compute_loss, draw, encode_rows
-from sample import load_model, resolve_sampling, sample_texts
-from parts.sweep import (LEFT_OUT, REAL, combinations, find_done, make_plan, names_of, passes,
-                         plot_sweep, read_rows, sampler_of, save_figure, stamp)
+from parts.checkpoint import find_checkpoint, make_out_dir
+from parts.data import (batched, check_vocabulary, cut_at_eos, get_rows, load_tokenizer, open_bins,
+                        open_split, printable, read_inputs, read_jsonl, read_row, to_json,
+                        write_jsonl)
+from parts.device import (autocast, compile_in_place, gather, pack_linears, print0, rank_and_world,
+                          start)
+from parts.metrics import bleu, entropy, exact_match, rouge  # noqa: F401, for those who import them
+from parts.metrics import (count_ids, count_tokens, find_targets, gap_closed, gen_ppl, judge_ids,
+                           load_gpt2, load_judge, mean, measure, ngram_nats, over_runs,
+                           print_table, train_ngram)
+from parts.plots import plot_losses, plot_sweep, read_rows  # noqa: F401
+from sample import GRIDS, SAMPLERS, load_model, resolve_sampling, sample_texts
 
 # --------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); texts and metrics.jsonl go here
@@ -63,116 +65,108 @@ sweep = ''                  # values of these six, and of out_dir or init_from: 
                             # to sweep.jsonl and sweep.png in out_dir, without validation loss
 judge = 'auto'              # causal LM (folder or hub id), 'ngram' (no download), 'none';
                             # 'auto' = gpt2-large, none if there are targets
+gpt2 = ''                   # GPT-2's encoder files (folder or hub id): entropy and distinct-4 in
+                            # its tokens, where no GPT-2 is the judge
 judge_batch_size = 16       # texts judged at once
 eval_iters = 10             # batches of the validation loss, 0 = none
 seed = 1337                 # text i depends on (seed, i) alone
 seeds = ''                  # several, such as 42,123,456: mean and standard error over them
 device = 'auto'             # 'cuda', 'mps', 'cpu', 'auto' = the first of these that is there
 dtype = 'auto'              # of sampling: 'float32' or 'bfloat16'; the judge is always float32
+compile = False             # torch.compile the network: a minute first, then faster
 # --------------------------------------------------------------------------------------------------
-# the validation loss, and the curves of a run
+
+CHOICES = dict(sampler=('', *SAMPLERS), grid=('', *GRIDS))
+AT_LEAST_1 = ('num_samples', 'batch_size', 'judge_batch_size', 'steps')
+SWEPT = ('init_from', 'out_dir', 'steps', 'sampler', 'gamma', 'w', 'cfg', 'grid')
+REAL, UNIGRAM = 'real', 'unigram'       # in the place of a model
+LEFT_OUT = ('gen_ppl_port', 'duplicates', 'long_words', 'copied_median', 'copied_max', 'bleu_cased',
+            'rouge1', 'rouge2', 'empty')        # of the table of a sweep, whose names are long
+
+# --------------------------------------------------------------------------------------------------
+# during training: the validation loss, a few texts
 
 T_BINS = 5      # of equal probability under the training distribution of t
 
 
-def t_edges(c):
-    """Edges of the bins of t -> list of T_BINS + 1 numbers from 0 to 1."""
-    quantiles = torch.linspace(0, 1, T_BINS + 1, dtype=torch.float64)
-    return torch.sigmoid(c.t_mean + c.t_std * torch.special.ndtri(quantiles)).tolist()
-
-
 @torch.no_grad()
-def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, rank=0, world=1,
-                  distill=None):
+def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, objective=compute_loss,
+                  draw_step=draw):
     """
     Validation loss on fixed rows with fixed draws -> {'loss', 'l2', 'ce', 'l2_bins'}, numbers, the
     same on every rank and for every number of ranks. Batch k has its t in bin k % T_BINS, so that
     the bins come for free and l2, their mean, is the training loss with less variance.
-    distill: the teacher, distill_steps and distill_substeps of a student, whose l2 is its own.
+    objective, draw_step: of a student, whose l2 is its own.
     """
-    c = net.config
+    c, (rank, world) = net.config, rank_and_world()
     batches = math.ceil(eval_iters / T_BINS) * T_BINS
     parts = {}                  # of batch k: {'l2': number, 'ce': number}
     for k in range(rank, batches, world):
         generator = torch.Generator().manual_seed(k)
-        draws = draw(c, batch_size, c.max_length, generator, device)
+        draws = draw_step(c, batch_size, c.max_length, generator, device)
         uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)
         normal = torch.special.ndtri((k % T_BINS + uniform) / T_BINS)
         draws.t = torch.sigmoid(c.t_mean + c.t_std * normal).float().to(device)
         rows = np.arange(k * batch_size, (k + 1) * batch_size) % meta['rows']['val']
         batch = encode_rows(encoder, get_rows(meta, 'val', rows, c), draws, c, device)
-        if distill:
-            teacher, *steps = distill
-            times = draw_times(c, draws.t, *steps, generator)
-            _, part = distill_loss(net, teacher, *batch, draws, times)
-        else:
-            _, part = compute_loss(net, *batch, draws)
+        _, part = objective(net, *batch, draws)
         parts[k] = {name: x.item() for name, x in part.items()}
-    for share in gather(parts, dist.group.WORLD if world > 1 else None):
+    for share in gather(parts):
         parts |= share
 
     # in the order of the batches, whoever computed them: a sum's last bits depend on it
-    bins, others = [[] for _ in range(T_BINS)], defaultdict(list)
-    for k in range(batches):
-        for name, x in parts[k].items():
-            (bins[k % T_BINS] if name == 'l2' else others[name]).append(x)
-    l2 = mean([mean(losses) for losses in bins if losses])
-    means = dict(l2=l2, ce=math.nan) | {name: mean(losses) for name, losses in others.items()}
-    shares = dict(l2=1 - c.decoder_prob, ce=c.decoder_prob)
-    loss = sum(share * means[name] for name, share in shares.items() if share)  # off: no mean
-    return dict(loss=loss, **means, l2_bins=[mean(losses) for losses in bins])
+    def losses(name, first, step):
+        return [parts[k][name] for k in range(first, batches, step) if name in parts[k]]
+
+    bins = [losses('l2', i, T_BINS) for i in range(T_BINS)]
+    l2, ce = mean([mean(x) for x in bins if x]), mean(losses('ce', 0, 1))
+    shares = (1 - c.decoder_prob, l2), (c.decoder_prob, ce)
+    loss = sum(share * x for share, x in shares if share)       # a branch that is off has no mean
+    return dict(loss=loss, l2=l2, ce=ce, l2_bins=[mean(x) for x in bins])
 
 
-def describe_val(val, c):
-    """What estimate_loss found, for the log."""
-    edges = t_edges(c)
-    bins = [f"{a:.2f}-{b:.2f}: {x:.3f}" for a, b, x in zip(edges, edges[1:], val['l2_bins'])]
-    parts = [f"{k} {x:.4f}" for k, x in val.items() if k not in ('loss', 'l2_bins')]
-    return f"val loss {val['loss']:.4f} ({', '.join(parts)}) | l2 by t {' '.join(bins)}"
+def describe_val(val):
+    """What estimate_loss found, for the log. No numbers of t: a student squeezes it."""
+    bins = ' '.join(f'{x:.3f}' for x in val['l2_bins'])
+    return (f"val loss {val['loss']:.4f} (l2 {val['l2']:.4f}, ce {val['ce']:.4f}) | "
+            f"l2 by fifths of t, noise first: {bins}")
 
 
-def read_series(file):
-    """
-    metrics.jsonl -> {name: {iteration: number}}. A run that was resumed has written again what came
-    after its checkpoint: the last line of an iteration counts.
-    """
-    series = defaultdict(dict)
-    for row in read_rows(file):
-        for name, x in row.items():
-            if 'iter' in row and isinstance(x, (int, float)):
-                series[name][row['iter']] = x
-    return series
-
-
-def plot_losses(out_dir):
-    """metrics.jsonl -> loss.png."""
-    from matplotlib.figure import Figure
-    series = read_series(os.path.join(out_dir, 'metrics.jsonl'))
-    titles = dict(l2='denoise: l2 of the velocity', ce='decode: cross-entropy, nats per token')
-    fig = Figure(figsize=(10, 4), layout='constrained')
-    for axis, (part, title) in zip(fig.subplots(1, 2), titles.items()):
-        for name, line, label in ((part, '-', 'train'), ('val_' + part, 'o-', 'validation')):
-            if points := sorted(series[name].items()):
-                axis.plot(*zip(*points), line, markersize=3, linewidth=1, label=label)
-                axis.legend()
-        axis.set(title=title, xlabel='iteration', yscale='log')
-        axis.grid(alpha=0.3)
-    save_figure(fig, os.path.join(out_dir, 'loss.png'))
+def write_few(model, encoder, meta, file, seed):
+    """Four texts of a model in training, each rank its share, to a JSONL file; the first shown."""
+    c, (rank, world) = model.config, rank_and_world()
+    tokenizer, n, inputs = load_tokenizer(meta['tokenizer']), 4, None
+    if c.max_input_length:
+        ids, index = open_split(meta, 'val')        # there may be no val.jsonl
+        conditions = [read_row(ids, index, r)[0] for r in range(min(n, len(index)))]
+        inputs = tokenizer.batch_decode(conditions, skip_special_tokens=True)
+        n = len(inputs)
+    mine = sample_texts(model, tokenizer, range(n)[rank::world], n, seed, model.mode_tokens.device,
+                        resolve_sampling(c), inputs, encoder)
+    rows = sorted(sum(gather(list(mine)), []), key=itemgetter('id'))
+    if rank == 0:
+        write_jsonl(file, rows)
+    print0(f"{file} | {printable(rows[0]['generated'])[:120]}")
 
 # --------------------------------------------------------------------------------------------------
 # texts in: a list of dicts with 'generated', 'ids' and perhaps 'target'
 
-def read_samples(file, references='', tokenizer=None):
+def read_samples(file, references='', encode=str.split):
     """
-    A JSONL file -> list of dicts with 'generated', its 'ids' (without a tokenizer its words), and
-    perhaps 'target': its own, or that of the row of references (a JSONL, or a folder of
-    save_to_disk) with the number 'id', by default the line's own. UserError names file and line.
+    A JSONL file -> list of dicts with 'generated', its 'ids' and perhaps 'target': its own, or that
+    of the row of references (a JSONL, or a folder of save_to_disk) with the number 'id', by default
+    the line's own. UserError names file and line.
     """
-    targets = read_targets(references) if references else []
-    rows = []
+    targets, rows = [], []
+    if references and os.path.isdir(references):
+        from datasets import load_from_disk
+        with from_hub("references: no save_to_disk folder with a column 'target'", references):
+            targets = load_from_disk(references)['target'][:]
+    elif references:
+        targets = [row.get('target', row.get('output')) for _, row in read_jsonl(references)]
     for where, row in read_jsonl(file):
+        number = row.get('id', len(rows))
         if references:
-            number = row.get('id', len(rows))
             if number not in range(len(targets)):
                 raise UserError(f"{where} has id {number!r}, {references} has {len(targets)} rows")
             row['target'] = targets[int(number)]
@@ -181,9 +175,7 @@ def read_samples(file, references='', tokenizer=None):
             raise UserError(f"{where} needs a text under 'generated' or 'text', and under 'target' "
                             "if it has one")
         text = text.encode('utf-8', 'replace').decode()     # half a surrogate pair: '?'
-        ids = tokenizer(text, add_special_tokens=False)['input_ids'] if tokenizer else text.split()
-        row |= dict(generated=text, ids=ids)
-        rows.append(row)
+        rows.append(row | dict(generated=text, ids=encode(text)))
         if ('target' in row) != ('target' in rows[0]):
             raise UserError(f"{where}: some lines have a 'target' and some have none; all or none")
     if not rows:
@@ -191,273 +183,287 @@ def read_samples(file, references='', tokenizer=None):
     return rows
 
 
-def read_targets(references):
-    """A JSONL with 'target' (or 'output') or a save_to_disk folder with that column -> list."""
-    if not os.path.isdir(references):
-        return [row.get('target', row.get('output')) for _, row in read_jsonl(references)]
-    from datasets import load_from_disk
-    with from_hub("references: no save_to_disk folder with a column 'target'", references):
-        return load_from_disk(references)['target'][:]
-
-
-def read_conditions(c, meta, source):
+def read_conditions(c, meta, source, file, n):
     """
-    What a model with conditions gets -> list of dicts with 'input' and perhaps 'target',
-    num_samples at most; [] for a model without.
+    What a model with conditions gets -> up to n dicts with 'input' and perhaps 'target'; [] for a
+    model without. file: '' = val.jsonl of the dataset.
     """
     if not c.max_input_length:
+        if file:
+            raise UserError(f"{source} is a model without conditions; drop --input_file")
         return []
-    if not input_file and not meta:
+    if not file and not meta:
         raise UserError(f"{source} is a model with conditions; give --dataset=<folder under "
                         "data_dir> or --input_file=x.jsonl with 'input' and 'target'")
-    return read_inputs(input_file or os.path.join(meta['dir'], 'val.jsonl'))[:num_samples]
-
-
-def open_models(combos, meta, device, bf16):
-    """
-    -> {source: (model, its tokenizer, its text encoder if it is needed, its conditions)} of all
-    combinations. UserError if one does not fit.
-    """
-    models = {}
-    for combo in combos:
-        init_from, out_dir = combo['init_from'], combo['out_dir']
-        source, encoder = init_from or out_dir, None
-        if source in models:
-            continue
-        model = load_model(init_from, out_dir).to(device)
-        c = model.config
-        if meta:
-            check_vocabulary(meta, c, source)
-        conditions = read_conditions(c, meta, source)
-        tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
-        if conditions or meta and eval_iters and not sweep:
-            encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
-        pack_linears(model, bf16)
-        models[source] = model, tokenizer, encoder, conditions
-    return models
-
-
-def run_seeds():
-    """-> {name of a run: its seed}."""
-    return {f'samples_{s}': int(s) for s in seeds.split(',')} if seeds else {'samples': seed}
-
-
-def sample_runs(model, tokenizer, encoder, conditions, how, device, group, bar):
-    """
-    Sample num_samples texts, or one for each condition, for each seed -> name of the run, rows, one
-    run after the other. Every rank samples its share and gets all of them; bar: of its steps.
-    """
-    inputs = [row['input'] for row in conditions] or None
-
-    def tick(batch, i, t, texts):
-        bar.update(len(batch) if i else 0)      # it is called before the first step, too
-
-    for name, run_seed in run_seeds().items():
-        rows = list(sample_texts(model, tokenizer, share_of(conditions), batch_size, run_seed,
-                                 device, how, inputs, encoder, watch=tick))
-        rows = sorted(sum(gather(rows, group), []), key=itemgetter('id'))
-        for row, target in zip(rows, find_targets(conditions)):
-            row['target'] = target
-        yield name, rows
-
-
-def share_of(conditions):
-    """The numbers of the texts that this rank samples in a run."""
-    rank, world = rank_and_world()
-    return range(rank, len(conditions) or num_samples, world)
-
-
-def step_bar(name, conditions, steps):
-    """A bar over this rank's texts, each of so many steps."""
-    hidden = True if rank_and_world()[0] else None      # None: where there is no terminal
-    total = len(run_seeds()) * len(share_of(conditions)) * steps
-    return tqdm(total=total, desc=name, unit='step', disable=hidden)
+    return read_inputs(file or os.path.join(meta['dir'], 'val.jsonl'))[:n]
 
 
 def bin_rows(meta, split, n, max_length):
     """Up to n rows of a split, evenly spaced -> lists of their target ids, cut at the first EOS."""
     ids, index = open_split(meta, split)
-    rows = []
-    for r in np.linspace(0, len(index), min(n, len(index)), endpoint=False).astype(int):
-        _, target = read_row(ids, index, r)
-        rows.append(cut_at_eos(target[:max_length].tolist(), meta['eos_id']))
-    return rows
+    numbers = np.linspace(0, len(index), min(n, len(index)), endpoint=False).astype(int)
+    targets = (read_row(ids, index, r)[1][:max_length].tolist() for r in numbers)
+    return [cut_at_eos(target, meta['eos_id']) for target in targets]
 
 
-def reference_texts(meta, tokenizer, n, max_length):
+def reference_texts(meta, n, max_length, seed):
     """
-    What the texts of a model without conditions are held against -> {'real': n rows of the
-    validation split, 'unigram': as many tokens, each drawn from those of the training text}, the
-    training text, a list of texts, and the n-gram judges if asked for: of characters, of tokens.
-    A million tokens of training text are enough for a 5-gram.
+    What the texts of a model without conditions are held against -> rows: REAL, n of the validation
+    split; UNIGRAM, as many tokens, each drawn from the training text; the training text, of which
+    a million tokens are enough for a 5-gram.
     """
-    if not meta or meta.get('conditional'):
-        return {}, [], None
     real = bin_rows(meta, 'val', n, max_length)
     rows = 1 + 1_000_000 * meta['rows']['train'] // max(1, meta['tokens']['train'])
     train = bin_rows(meta, 'train', rows, max_length)
     pool, rng = np.concatenate(train), np.random.default_rng(seed)
     unigram = [rng.choice(pool, len(ids)).tolist() for ids in real]
+    tokenizer = load_tokenizer(meta['tokenizer'])
 
     def decode(ids_list):
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in ids_list]
-        return [dict(generated=text, ids=ids) for text, ids in zip(texts, ids_list)]
+        return [dict(generated=tokenizer.decode(ids, skip_special_tokens=True), ids=ids)
+                for ids in ids_list]
 
-    train_texts = [row['generated'] for row in decode(train)]
-    ngram = None
-    if judge == 'ngram':
-        ngram = train_ngram(train_texts, 5), train_ngram(map(signs, train), 3)
-    return dict(real=decode(real), unigram=decode(unigram)), train_texts, ngram
+    return {REAL: decode(real), UNIGRAM: decode(unigram)}, decode(train)
+
+
+def sample_runs(model, tokenizer, encoder, conditions, n, how, seeds, batch_size, device, folder):
+    """
+    Sample n texts, or one for each condition, for each seed -> {seed: rows}. Every rank samples its
+    share of a batch and gets all of it; the first one adds it to samples_eval.jsonl in folder, if
+    one is named (of several seeds samples_eval_<seed>.jsonl): a kill leaves what is done.
+    """
+    inputs, targets = [row['input'] for row in conditions] or None, find_targets(conditions)
+    (rank, world), runs = rank_and_world(), {seed: [] for seed in seeds}
+    batches = batched(range(n), batch_size * world)
+    with tqdm(total=n * len(seeds), unit='text', disable=True if rank else None) as bar:
+        for seed, numbers in itertools.product(seeds, batches):
+            mine = sample_texts(model, tokenizer, numbers[rank::world], batch_size, seed, device,
+                                how, inputs, encoder)
+            rows = sorted(sum(gather(list(mine)), []), key=itemgetter('id'))
+            if targets:
+                rows = [row | dict(target=targets[row['id']]) for row in rows]
+            if folder and rank == 0:
+                name = f'samples_eval_{seed}.jsonl' if len(seeds) > 1 else 'samples_eval.jsonl'
+                add_lines(os.path.join(folder, name), rows, 'a' if runs[seed] else 'w')
+            runs[seed] += rows
+            bar.update(len(rows))
+    return runs
+
+
+def add_lines(file, rows, mode='a'):
+    """Rows, without their ids, to a file of JSON lines. UserError if it cannot be written."""
+    try:
+        with open(file, mode, encoding='utf-8') as f:
+            for row in rows:
+                f.write(to_json({k: v for k, v in row.items() if k != 'ids'}) + '\n')
+    except OSError as e:
+        raise UserError(f"cannot write {file}: {e.strerror}") from None
 
 # --------------------------------------------------------------------------------------------------
+# the lines of the table: one setting of the sampler, or several
 
-def check_settings():
-    """All that is wrong with the settings whatever the model: UserError."""
-    least = dict(num_samples=1, batch_size=1, judge_batch_size=1, seed=0, eval_iters=0)
-    for name, smallest in least.items():
-        if globals()[name] < smallest:
-            raise UserError(f"{name}={globals()[name]}: must be at least {smallest}")
+def combinations(text, settings):
+    """
+    'steps=4,8 gamma=0,1.5' -> the product of its values, dicts with all of SWEPT, the others as in
+    settings: an empty text is one combination. UserError if malformed.
+    """
+    values = {}
+    for part in text.split():
+        name, _, given = part.partition('=')
+        given = given.split(',')
+        if name not in SWEPT or name in values or not all(given):
+            raise UserError(f"--sweep: {part!r} is not name=value,value with one of "
+                            f"{', '.join(SWEPT)}, each once")
+        values[name] = [check_value(globals(), name, value, '--sweep') for value in given]
+    if 'init_from' in values and 'out_dir' in values:
+        raise UserError("--sweep: init_from and out_dir name models both; use one of them")
+    base = {name: settings[name] for name in SWEPT}
+    if 'out_dir' in values:
+        base['init_from'] = ''
+    return [base | dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
+
+
+def open_models(combos, meta, config, device, bf16):
+    """
+    The models of all combinations -> {source: (model, its tokenizer, its text encoder if it is
+    needed, its conditions)}. UserError if one does not fit.
+    """
+    models = {}
+    for combo in combos:
+        source, encoder = combo['init_from'] or combo['out_dir'], None
+        if source in models:
+            continue
+        model = load_model(combo['init_from'], combo['out_dir']).to(device)
+        c = model.config
+        if meta:
+            check_vocabulary(meta, c, source)
+        tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
+        conditions = read_conditions(c, meta, source, config['input_file'], config['num_samples'])
+        if conditions or meta and config['eval_iters'] and not config['sweep']:
+            encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
+        if not config['compile'] or not compile_in_place(model, device=device):
+            pack_linears(model, bf16)
+        models[source] = model, tokenizer, encoder, conditions
+    return models
+
+
+def stamp(path):
+    """What tells a file from others and from its later self."""
+    return f"{os.path.abspath(path)}, {os.path.getmtime(path)}" if path else ''
+
+
+def make_plan(combos, models):
+    """
+    combinations' dicts, without those that come to the same -> list of dicts: 'source' as named,
+    its 'weights', the sampler's settings, passes a text ('nfe').
+    """
+    plan = []
+    for init_from, out_dir, *given in map(dict.values, combos):
+        source = init_from or out_dir
+        c = models[source][0].config
+        how = resolve_sampling(c, *given)
+        if how['cfg'] != 1 and not c.max_input_length:
+            raise UserError(f"cfg={how['cfg']}: {source} is a model without conditions; drop it")
+        if how['sampler'] == 'ode' or how['steps'] == 1:
+            how['gamma'] = 0.0          # nothing is re-noised there
+        nfe = how['steps'] * (1 if how['cfg'] == 1 else 2)
+        entry = dict(source=source, weights=stamp(find_checkpoint(source)), **how, nfe=nfe)
+        if entry not in plan:
+            plan.append(entry)
+    return plan
+
+
+def make_judges(judge, train, encode_gpt2, batch_size, device):
+    """The settings judge and gpt2 -> functions of texts and their ids that give metrics, dicts."""
+    judges = []
+    if judge == 'ngram':
+        of_chars = train_ngram([row['generated'] for row in train], 5)
+        of_tokens = train_ngram([tuple(row['ids']) for row in train], 3)
+        judges.append(lambda texts, ids: dict(
+            nats_per_char=ngram_nats(texts, of_chars),
+            nats_per_token=ngram_nats([tuple(row) for row in ids], of_tokens)))
+    elif judge != 'none':
+        load_judge(judge, str(device))      # if it is missing, that shows now
+        judges.append(lambda texts, ids: gen_ppl(texts, judge, batch_size, device))
+    if encode_gpt2:
+        judges.append(lambda texts, ids: count_ids(judge_ids(texts, encode_gpt2)))
+    return judges
+
+
+def check(given):
+    """What makes no sense together: UserError."""
     if seeds and not re.fullmatch(r'\d+(,\d+)*', seeds):
         raise UserError(f"seeds={seeds!r}: whole numbers with commas between, such as 42,123,456")
     if sweep and samples:
         raise UserError("a sweep samples its texts; drop --samples or --sweep")
-
-
-def choose_judge(targets, meta):
-    """The setting judge, with 'auto' resolved. UserError if an n-gram has nothing to learn from."""
-    if judge == 'auto':
-        return 'none' if targets else 'gpt2-large'
-    if judge == 'ngram' and (not meta or meta.get('conditional')):
-        raise UserError("--judge=ngram learns from training text without conditions; name its "
-                        "bins: --dataset=<folder under data_dir>")
-    return judge
-
-
-def append_json(name, row):
-    with open(os.path.join(out_dir, name), 'a', encoding='utf-8') as f:
-        f.write(to_json(row) + '\n')
-
-
-def run_sweep(combos, models, meta, device, bf16, group):
-    """
-    Sample and measure what is not in out_dir/sweep.jsonl yet, and add it there one by one; then the
-    table and sweep.png of all. The ranks share each sampling, the first one measures.
-    """
-    rank, _ = rank_and_world()
-    model, tokenizer, _, conditions = next(iter(models.values()))
-    length = model.config.max_length
-    data = input_file or meta and os.path.join(meta['dir'], 'meta.json')
-    shared = dict(num_samples=num_samples, seeds=list(run_seeds().values()), judge=judge, bf16=bf16,
-                  data=stamp(data))
-    plan = make_plan(combos, models)
-    if meta and not meta.get('conditional'):
-        plan.insert(0, dict(model=REAL, length=length, steps=0, cfg=1))
-    plan = [entry | shared for entry in plan]
-    file = os.path.join(out_dir, 'sweep.jsonl')
-    done = gather(find_done(file, plan), group)[0]      # what is on the first rank's disk
-    todo = [entry for entry, row in zip(plan, done) if not row]
-    print0(f"sweep: {len(plan)} to measure, {len(plan) - len(todo)} of them are in {file}")
-    others, train_texts, ngram = {}, [], None
-    if todo and rank == 0:
-        others, train_texts, ngram = reference_texts(meta, tokenizer, num_samples, length)
-    real = others.get('real', [])
-    limit = count_tokens(real) or sys.maxsize
-
-    with step_bar('sweep', conditions, sum(entry['steps'] for entry in todo)) as bar:
-        for entry in todo:
-            start, runs = time.time(), dict(real=real)
-            if entry['model'] != REAL:
-                with autocast(device, bf16):
-                    runs = dict(sample_runs(*models[entry['model']], sampler_of(entry), device,
-                                            group, bar))
-            cost = dict(nfe=passes(entry), seconds=time.time() - start)
-            if rank == 0:
-                of_runs = [measure(rows, limit, train_texts, ngram, judge, judge_batch_size, device)
-                           for rows in runs.values()]
-                append_json('sweep.jsonl', entry | cost | over_runs(of_runs))
-    if rank == 0:
-        rows = find_done(file, plan)
-        print_table(dict(zip(names_of(rows), rows)), "the model's tokens", LEFT_OUT)
-        plot_sweep(os.path.join(out_dir, 'sweep.png'), rows)
-    if group:
-        dist.destroy_process_group()
+    unread, where = {'references'}, 'without'
+    if samples:
+        unread, where = {'num_samples', 'seeds', 'compile', 'input_file', *SWEPT[2:]}, 'beside'
+    if unread := sorted(given & unread):
+        raise UserError(f"--{unread[0]}: nothing reads it {where} --samples; drop it")
 
 
 if __name__ == '__main__':
-    configure(globals())
-    check_settings()
-    combos = combinations(sweep, globals())
+    given = set()
+    config = configure(globals(), given=given)
+    check(given)
+    combos = combinations(sweep, config)
+    device, bf16, about = start(device, dtype)
     rank, world = rank_and_world()
-    if samples and rank:
-        sys.exit()                      # one rank is enough to read a file
-    device, bf16, hardware = pick_device(own_device(device), dtype)
     meta = open_bins(data_dir, dataset) if dataset else None
+    texts_alone = meta and not meta.get('conditional')
     make_out_dir(out_dir)
 
     # ---- what is missing or wrong shows here, before the sampling --------------------------------
+    encode_gpt2 = load_gpt2(gpt2) if gpt2 else None
+    seeds = [int(s) for s in seeds.split(',')] if seeds else [seed]
+    models, encode = {}, str.split
+    if meta:
+        tokenizer, length = load_tokenizer(meta['tokenizer']), meta['max_length']
+    if not samples:
+        models = open_models(combos, meta, config, device, bf16)
+        plan = make_plan(combos, models)
+        model, tokenizer, encoder, texts = models[plan[0]['source']]
+        n, length = len(texts) or num_samples, model.config.max_length
+    if meta or models:
+        encode = partial(tokenizer.encode, add_special_tokens=False)
     if samples:
-        tokenizer = load_tokenizer(meta['tokenizer'], meta['vocab_size']) if meta else None
-        unit, length = (f"tokens of {meta['dir']}", meta['max_length']) if meta else ('words', 0)
-        given = read_samples(samples, references, tokenizer)
-    else:
-        models, unit = open_models(combos, meta, device, bf16), "the model's tokens"
-        model, tokenizer, encoder, given = opened = next(iter(models.values()))
-        c, group = model.config, join_ranks(device)
-        length = c.max_length
-    judge = choose_judge(find_targets(given), meta)
-    if judge not in ('ngram', 'none') and rank == 0:
-        load_judge(judge, str(device))      # the other ranks wait for it at the first exchange
-    print0(f"device: {describe(device, bf16, hardware, dtype)}, ranks: {world}; judge: {judge}")
-    if sweep:
-        run_sweep(combos, models, meta, device, bf16, group)
-        sys.exit()
+        texts = read_samples(samples, references, encode)
+        plan, n = [dict(source=samples)], len(texts)
+    if judge == 'auto':
+        judge = 'none' if find_targets(texts) else 'gpt2-large'
+    if judge == 'ngram' and not texts_alone:
+        raise UserError("--judge=ngram learns from training text without conditions; name its "
+                        "bins: --dataset=<folder under data_dir>")
+    if texts_alone:
+        plan += [dict(source=name, length=length, seed=seed) for name in (REAL, UNIGRAM)]
+    data = stamp(input_file or meta and os.path.join(meta['dir'], 'meta.json'))
+    shared = dict(judge=judge, gpt2=gpt2, num_samples=n, seeds=seeds, bf16=bf16, data=data)
+    plan = [entry | shared for entry in plan]
+    log = os.path.join(out_dir, 'sweep.jsonl' if sweep else 'metrics.jsonl')
+    known, others, train, judges = [], {}, [], []
+    if rank == 0:
+        add_lines(log, [])
+        known = read_rows(log) if sweep else []
+    known = gather(known)[0]            # what is on the first rank's disk
+    done = [next((row for row in known if entry.items() <= row.items()), None) for entry in plan]
+    if rank == 0 and None in done:      # the other ranks wait at the next exchange
+        if texts_alone:
+            others, train = reference_texts(meta, n, length, seed)
+        judges = make_judges(judge, train, encode_gpt2, judge_batch_size, device)
+    limit = count_tokens(others.get(REAL, [])) or sys.maxsize
+    print0(f"device: {about}, ranks: {world}; judge: {judge}; texts: {n}; to measure: "
+           f"{done.count(None)} of {len(plan)}")
 
     # ---- the texts: each rank samples its share, the first one measures --------------------------
-    report, runs = dict(source=samples or init_from or out_dir, judge=judge), {}
-    report |= dict(seeds=seeds) if seeds else dict(seed=seed)
-    if samples:
-        runs['samples'] = given
-    else:
-        how = resolve_sampling(c, steps, sampler, gamma, w, cfg, grid)
-        nfe = passes(how)
-        print0("sampling: " + ', '.join(f'{k}={v}' for k, v in how.items()) + f", NFE={nfe}")
-        if meta and eval_iters:
+    val = {}
+    if models and meta and eval_iters and not sweep:
+        with autocast(device, bf16):
+            val = dict(val=estimate_loss(model, encoder, meta, eval_iters, batch_size, device))
+        print0(describe_val(val['val']))
+    for i, entry in enumerate(plan):
+        if done[i]:
+            continue
+        began, runs = time.time(), {seed: others.get(entry['source'], texts)}
+        if entry['source'] in models:
+            how = {name: entry[name] for name in SWEPT[2:]}
+            print0("sampling: " + ', '.join(f'{k}={v}' for k, v in how.items()))
             with autocast(device, bf16):
-                report['val'] = estimate_loss(model, encoder, meta, eval_iters, batch_size, device,
-                                              rank, world)
-            print0(describe_val(report['val'], c))
-        start = time.time()
-        with autocast(device, bf16), step_bar('samples', given, how['steps']) as bar:
-            for name, rows in sample_runs(*opened, how, device, group, bar):
-                runs[name] = rows
-                if rank == 0:
-                    file = name.replace('samples', 'samples_eval') + '.jsonl'
-                    write_jsonl(os.path.join(out_dir, file), rows)
-                    print(f"{len(rows)} texts in {os.path.join(out_dir, file)}")
-        report |= how | dict(nfe=nfe, seconds=time.time() - start)
-        if group:
-            dist.destroy_process_group()
+                runs = sample_runs(*models[entry['source']], n, how, seeds, batch_size, device,
+                                   '' if sweep else out_dir)
+            entry |= dict(seconds=time.time() - began)
+        if rank:
+            continue
+        if not sweep:       # real text is held to as many tokens
+            limit = min(limit, *map(count_tokens, runs.values()))
+        of_runs = [measure(rows, limit, train, judges, encode) for rows in runs.values()]
+        done[i] = entry | over_runs(of_runs)
+        if len(runs) > 1:
+            done[i]['by_seed'] = dict(zip(runs, of_runs))
+        if sweep:
+            add_lines(log, [done[i]])
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if rank:
         sys.exit()
 
-    # ---- beside them real text, and tokens of the training text drawn one by one -----------------
-    count = len(next(iter(runs.values())))
-    others, train_texts, ngram = reference_texts(meta, tokenizer, count, length)
-
     # ---- the table, and the same as a line of JSON -----------------------------------------------
-    limit = min(count_tokens(rows) for rows in (runs | others).values())
-    results = {}
-    for name, rows in (runs | others).items():
-        results[name] = measure(rows, limit, train_texts, ngram, judge, judge_batch_size, device)
-    of_runs = [results[name] for name in runs]
-    over_all = over_runs(of_runs)
-    report |= over_all
-    if len(runs) > 1:
-        results['mean'], results['std err'] = over_all, over_all['stderr']
-        report['by_seed'] = dict(zip(seeds.split(','), of_runs))
-    report |= {name: results[name] for name in others}
-    print_table(results, unit)
-    if ngram:
-        report |= print_gap(results, report)
-    append_json('metrics.jsonl', report)
+    rows = [row for row in done if row['source'] not in (REAL, UNIGRAM)]
+    names = [k for k in ('source', *SWEPT[2:]) if len({row.get(k) for row in rows}) > 1]
+    table = {' '.join(f'{k}={row[k]}' for k in names) or 'samples': row for row in rows}
+    beside = {row['source']: row for row in done[len(rows):]}
+    if sweep:
+        print_table(table | beside, LEFT_OUT)
+        plot_sweep(os.path.join(out_dir, 'sweep.png'), rows, beside.get(REAL), names)
+        sys.exit()
+    report = rows[0] | val
+    for name, row in beside.items():
+        report[name] = {k: x for k, x in row.items() if k not in shared}
+    if judge == 'ngram':
+        report |= gap_closed(report)
+    add_lines(log, [report])
+    print_table(table | beside)
+    if judge == 'ngram':
+        print(f"gap closed: {report['gap_closed']:.3f} of the way from unigram to real text by "
+              f"characters, {report['gap_closed_tokens']:.3f} by tokens")
     print(to_json(report))

@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from parts.checkpoint import load_weights
-from configurator import from_hub
+from parts.device import to_device
 from parts.official import check_fit, to_official_names
+from parts.process import from_hub
 
 # -------------------------------------------------------------------------------------------------
 # settings: all that rebuilds a model and its task, so that a checkpoint needs no train.py
@@ -49,7 +50,7 @@ class ELFConfig:
     t_mean: float = -1.5             # t = sigmoid(N(t_mean, t_std))
     t_std: float = 0.8
     t_eps: float = 0.05              # floor of 1 - t in v, caps its factor at 20
-    noise_scale: float = 2.0  # of the noise at t=0; belongs to the latent width, see config/demo.py
+    noise_scale: float = 2.0         # of the noise at t=0; 2 * sqrt(C / 512) for other widths C
     self_cond_prob: float = 0.5      # share of the denoise rows that see their own first guess
     w_min: float = 0.5               # 1 + w is log-uniform between 1 + w_min and 1 + w_max
     w_max: float = 5.0
@@ -77,7 +78,9 @@ class ELFConfig:
     by_steps: dict = field(default_factory=dict)    # what differs there, {64: {'gamma': 1.0}}
 
 NAMES = [f.name for f in fields(ELFConfig)]
-SIZES = NAMES[:NAMES.index('t_mean')]       # the first paragraph: what weights are made for
+# what weights are made for; everything else a run may change
+SIZES = ('n_layer', 'n_embd', 'n_head', 'vocab_size', 'latent_dim', 'bottleneck', 'n_time',
+         'n_scale', 'n_mode', 'gelu')
 
 MODELS = {
     'ELF-B': ELFConfig(),                                                   # 104,579,940 parameters
@@ -98,10 +101,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(P, T, dim, device):
-    """
-    cos and sin (P+T, dim/2) of the rotary angles; the prefix is not rotated, the text counts from
-    0.
-    """
+    """cos and sin (P+T, dim/2) of the rotary angles: the prefix at 0, the text from 0 on."""
     freqs = 10000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
     angles = torch.outer(torch.arange(T, device=device, dtype=torch.float32), freqs)
     angles = F.pad(angles, (0, 0, P, 0))
@@ -159,9 +159,7 @@ class Block(nn.Module):
 
 
 class ScalarEmbedder(nn.Module):
-    """
-    A number (B,) to a vector (B, D): 256 sinusoids of the raw value, cosines first, then an MLP.
-    """
+    """Numbers (B,) to vectors (B, D): 256 sinusoids of the raw value, cosines first, an MLP."""
     def __init__(self, D):
         super().__init__()
         self.mlp_0 = nn.Linear(256, D)
@@ -190,6 +188,7 @@ class ELF(nn.Module):
         self.self_cond_cfg_tokens = nn.Parameter(torch.empty(1, c.n_scale, D))
         self.mode_tokens = nn.Parameter(torch.empty(1, c.n_mode, D))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        # two heads: to the clean latent, D -> C, and to the tokens, D -> C -> V
         self.final_layer = nn.ModuleDict(dict(norm_final=RMSNorm(D), linear=nn.Linear(D, C)))
         self.proj = nn.Linear(D, C)
         self.unembed = nn.Linear(C, c.vocab_size)
@@ -243,9 +242,7 @@ class ELF(nn.Module):
         return x_hat, logits
 
     def denoise(self, z, x_prev, t, w):
-        """
-        The clean latent as seen from z at time t: (B, T, C), (B, T, C), (B,), (B,) -> (B, T, C).
-        """
+        """The clean latent seen from z at t: (B, T, C), (B, T, C), (B,), (B,) -> (B, T, C)."""
         return self(z, x_prev, t, w)[0]
 
     def decode(self, z, w):
@@ -254,9 +251,7 @@ class ELF(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source):
-        """
-        A file, folder or hub id (checkpoint.py) -> ELF with the EMA weights, float32, eval mode.
-        """
+        """A file, folder or hub id -> ELF with the EMA weights, float32, eval mode. UserError."""
         settings, state = load_weights(source, known=NAMES)
         model = cls(ELFConfig(**settings))
         check_fit(model.state_dict(), state, source)
@@ -264,9 +259,7 @@ class ELF(nn.Module):
         return model.eval()
 
     def to_official(self):
-        """
-        The weights under the names and in the layouts of the official port -> dict of tensors.
-        """
+        """The weights under the names and in the layouts of the official port -> state_dict."""
         return to_official_names(self.state_dict())
 
 # -------------------------------------------------------------------------------------------------
@@ -280,9 +273,9 @@ def velocity(x, z, t, t_eps):
 @dataclass
 class Draws:
     """
-    All that is random in one step. Unit normal noises (B, T, C), lam (B, T, 1), t and w (B,) on
-    the device of the latents; the three flags (B,) bool on the CPU, so that counting rows never
-    waits for the GPU.
+    All that is random in a step of B rows: unit normal noises (B, T, C), lam (B, T, 1), t and w
+    (B,) on the device of the latents; the three flags (B,) bool on the CPU, so that counting rows
+    never waits for a GPU.
     """
     t: torch.Tensor
     noise: torch.Tensor
@@ -314,6 +307,7 @@ def draw(config, B, T, generator, device):
     rows = torch.randperm(B, generator=generator)
     drop_cond[rows[:count(c.drop_cond_prob * B)]] = True
     t = torch.sigmoid(torch.randn(B, generator=generator) * c.t_std + c.t_mean)
+    # 1 + w is log-uniform between 1 + w_min and 1 + w_max
     ratio = (1 + c.w_max) / (1 + c.w_min)
     w = (1 + c.w_min) * ratio ** torch.rand(B, generator=generator) - 1
     # the large tensors are drawn where they are needed
@@ -324,9 +318,45 @@ def draw(config, B, T, generator, device):
         return torch.randn(B, T, width, generator=on_device, device=device)
 
     lam = torch.sigmoid(randn(1) * c.decoder_std + c.decoder_mean)
-    t, w = t.to(device, non_blocking=True), w.to(device, non_blocking=True)
-    return Draws(t=t, noise=randn(c.latent_dim), is_decode=is_decode, lam=lam,
-                 decode_noise=randn(c.latent_dim), self_cond=self_cond, w=w, drop_cond=drop_cond)
+    return Draws(t=to_device(t, device), noise=randn(c.latent_dim), is_decode=is_decode, lam=lam,
+                 decode_noise=randn(c.latent_dim), self_cond=self_cond, w=to_device(w, device),
+                 drop_cond=drop_cond)
+
+
+@dataclass
+class Rows:
+    """Rows of a step, noised: n denoise rows, then decode rows, so that a branch is a slice."""
+    n: int
+    order: torch.Tensor         # which rows of the batch they are
+    guess: torch.Tensor         # numbers of the denoise rows that see their own first guess
+    z: torch.Tensor             # (B, T, C)
+    x_prev: torch.Tensor        # (B, T, C), no guess yet
+    t: torch.Tensor             # (B,), 1 in decode rows
+    w: torch.Tensor             # (B,)
+    x0: torch.Tensor            # (B, T, C), without dropped conditions
+    held: torch.Tensor          # (B, T, 1), where denoise rows have a clean condition
+    tokens: torch.Tensor        # (B, T)
+    mask: torch.Tensor          # (B, T) float, positions that count
+
+
+def noise_rows(c, x0, tokens, loss_mask, cond_mask, d):
+    """What compute_loss is given, d being its draws -> Rows [train_step.py, train_step]."""
+    order = torch.argsort(d.is_decode.int(), stable=True)       # on the CPU, as the flags
+    n = len(x0) - int(d.is_decode.sum())
+    guess = d.self_cond[order[:n]].nonzero()[:, 0]
+    order, guess, decode, drop = (to_device(x, x0.device)
+                                  for x in (order, guess, d.is_decode, d.drop_cond))
+    t = torch.where(decode, 1.0, d.t)
+    decode, cond = decode[:, None, None], cond_mask.bool()[:, :, None]                  # (B, T, 1)
+    x0 = torch.where(cond & drop[:, None, None], 0.0, x0)                               # (B, T, C)
+    # denoise rows have one share of x0 and a clean condition, decode rows a share per position
+    share = torch.where(decode, d.lam, d.t[:, None, None])                              # (B, T, 1)
+    noise = torch.where(decode, c.decoder_noise_scale * d.decode_noise, c.noise_scale * d.noise)
+    held = cond & ~decode
+    z = torch.where(held, x0, share * x0 + (1 - share) * noise)                         # (B, T, C)
+    x_prev = torch.where(held, x0, 0.0)
+    tensors = z, x_prev, t, d.w, x0, held, tokens, loss_mask.float()
+    return Rows(n, order, guess, *(x[order] for x in tensors))
 
 
 def compute_loss(net, x0, tokens, loss_mask, cond_mask, draws):
@@ -338,63 +368,46 @@ def compute_loss(net, x0, tokens, loss_mask, cond_mask, draws):
     -> loss, {'l2': mean over its positions, 'ce': likewise}, the latter detached and absent
     without rows.
     """
-    c, d, device = getattr(net, 'module', net).config, draws, x0.device
-
-    # decode rows go last, so that each branch is a slice
-    order = torch.argsort(d.is_decode.int(), stable=True)
-    n_decode = int(d.is_decode.sum())
-    n = len(x0) - n_decode                                          # denoise rows
-    guess = d.self_cond[order[:n]].nonzero()[:, 0]            # those that see their own first guess
-    order, guess, drop = (x.to(device, non_blocking=True) for x in (order, guess, d.drop_cond))
-    cond = cond_mask.bool()[:, :, None]                                             # (B, T, 1)
-    x0 = torch.where(cond & drop[:, None, None], 0.0, x0)[order]                    # (B, T, C)
-    tokens, mask, cond = tokens[order], loss_mask[order].float(), cond[order]
-    t, w = d.t[order], d.w[order]
-    t_n, x0_n, cond_n = t[:n, None, None], x0[:n], cond[:n]
-
-    # noise the denoise rows and keep their condition clean; corrupt the decode rows everywhere
-    noise, lam = c.noise_scale * d.noise[order[:n]], d.lam[order[n:]]
-    z_n = torch.where(cond_n, x0_n, t_n * x0_n + (1 - t_n) * noise)                 # (n, T, C)
-    z_d = lam * x0[n:] + (1 - lam) * c.decoder_noise_scale * d.decode_noise[order[n:]]
-    target = velocity(x0_n, z_n, t_n, c.t_eps)                                      # (n, T, C)
+    c = getattr(net, 'module', net).config
+    r = noise_rows(c, x0, tokens, loss_mask, cond_mask, draws)
+    n, z, t, w, guess = r.n, r.z[:r.n], r.t[:r.n, None, None], r.w[r.guess], r.guess
+    target = velocity(r.x0[:n], z, t, c.t_eps)                                          # (n, T, C)
 
     # a first guess from nothing, without gradient, only for the rows that will see one
-    x_prev = torch.where(cond_n, x0_n, 0.0)                                         # (n, T, C)
     if len(guess):
         with torch.no_grad():
-            x_u, _ = net(z_n[guess], x_prev[guess], t[guess], w[guess])             # (guess, T, C)
-        x_prev[guess] = torch.where(cond_n[guess], x0_n[guess], x_u)
+            x_u, _ = net(z[guess], r.x_prev[guess], r.t[guess], w)                  # (guess, T, C)
+        r.x_prev[guess] = torch.where(r.held[guess], r.x0[guess], x_u)
 
     # the one trained pass
-    x_hat, logits = net(torch.cat((z_n, z_d)), torch.cat((x_prev, torch.zeros_like(z_d))),
-                        torch.cat((t[:n], torch.ones_like(t[n:]))), w, n_decode=n_decode)
-    v_hat = velocity(x_hat, z_n, t_n, c.t_eps)
+    x_hat, logits = net(r.z, r.x_prev, r.t, r.w, n_decode=len(r.z) - n)
+    v_hat = velocity(x_hat, z, t, c.t_eps)
 
     # guidance: the official code's guided velocity is this very pass (same input, no dropout),
     # detached
     if len(guess):
-        strength = (1 - 1 / w[guess])[:, None, None]
-        v_u = velocity(x_u, z_n[guess], t_n[guess], c.t_eps)
-        target[guess] += strength * (v_hat.detach()[guess] - v_u)
+        v_u = velocity(x_u, z[guess], t[guess], c.t_eps)
+        target[guess] += (1 - 1 / w)[:, None, None] * (v_hat.detach()[guess] - v_u)
 
     # one mean over the positions of all rows
-    l2 = (v_hat - target).square().mean(dim=-1) * mask[:n]                          # (n, T)
-    ce = F.cross_entropy(logits.flatten(0, 1), tokens[n:].flatten(), reduction='none')
-    ce = ce.view_as(tokens[n:]) * mask[n:]                                          # (n_decode, T)
-    loss = (l2.sum() + ce.sum()) / mask.sum().clamp(min=1)
+    l2 = (v_hat - target).square().mean(dim=-1) * r.mask[:n]                            # (n, T)
+    ce = cross_entropy(logits, r.tokens[n:]) * r.mask[n:]                               # (B-n, T)
+    loss = (l2.sum() + ce.sum()) / r.mask.sum().clamp(min=1)
     parts = {}
-    if n:
-        parts['l2'] = l2.detach().sum() / mask[:n].sum().clamp(min=1)
-    if n_decode:
-        parts['ce'] = ce.detach().sum() / mask[n:].sum().clamp(min=1)
+    for name, losses, mask in (('l2', l2, r.mask[:n]), ('ce', ce, r.mask[n:])):
+        if len(mask):
+            parts[name] = losses.detach().sum() / mask.sum().clamp(min=1)
     return loss, parts
 
 
+def cross_entropy(logits, tokens):
+    """Of each position, in nats: (n, T, V), (n, T) -> (n, T)."""
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction='none')
+    return losses.view_as(tokens)
+
+
 def estimate_flops(config, T):
-    """
-    Floating-point operations of a training row of T tokens, the mean of both branches; no
-    encoder.
-    """
+    """Floating-point operations of a training row of T tokens, without the encoder."""
     c = config
     N = T + c.n_time + c.n_scale + c.n_mode
     matrices = 4 * c.n_embd**2 + 3 * c.n_embd * int(4 * c.n_embd * 2 / 3)
@@ -410,10 +423,7 @@ def estimate_flops(config, T):
 # the frozen text encoder
 
 class TextEncoder(nn.Module):
-    """
-    A T5-family encoder from a hub id or folder, frozen, float32, eval mode; latent_dim is its
-    width C.
-    """
+    """A T5-family encoder, hub id or folder, frozen, float32; latent_dim is its width C."""
     def __init__(self, name, latent_mean=0.0, latent_std=1.0):
         super().__init__()
         from transformers import AutoModelForTextEncoding
@@ -441,7 +451,7 @@ class TextEncoder(nn.Module):
             query, key = cond_mask.bool()[:, :, None], cond_mask.bool()[:, None, :]
             see = torch.where(query, key, see)
             if drop_cond is not None:
-                drop = drop_cond.to(ids.device, non_blocking=True)[:, None, None]
+                drop = to_device(drop_cond, ids.device)[:, None, None]
                 see = see & ~(drop & ~query & key)
         # additive floats in 4-D: the one form that is right under every attention of transformers 5
         mask = torch.zeros(see.shape, device=ids.device)
@@ -452,7 +462,7 @@ class TextEncoder(nn.Module):
 
 def encode_rows(encoder, batch, draws, c, device):
     """A batch of get_rows -> x0, tokens, loss_mask, cond_mask on the device, for compute_loss."""
-    ids, valid, cond = (a.to(device, non_blocking=True) for a in batch)
+    ids, valid, cond = (to_device(a, device) for a in batch)
     x0 = encoder(ids, valid, cond, draws.drop_cond)
     loss_mask = ~cond if c.pad_token == 'eos' else valid & ~cond
     return x0, ids, loss_mask, cond

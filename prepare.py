@@ -1,57 +1,58 @@
 """
-Text to tokenised, memory-mapped bins: data/<name>/, see data.py.
+Text to tokenised, memory-mapped bins: data/<name>/, see parts/data.py.
 
     python prepare.py                               # the embedded demo corpus: seconds, no download
+    python prepare.py --dataset=numbers             # a task made on the spot: 4071 -> in words
     python prepare.py --dataset=my.txt --letters_only=false --max_length=64
     python prepare.py --dataset=pairs.jsonl --tokenizer=t5-small --encoder=t5-small
     python prepare.py --dataset=openwebtext         # the published ids, from the hub
     python prepare.py --dataset=openwebtext-raw     # the texts themselves, tokenised here
     python prepare.py --dataset=tinystories         # more names: KNOWN, below
 
-Own data: UTF-8 .txt files; .jsonl files, {"text": ...} or {"input": ..., "output": ...} a line;
-.parquet files; what save_to_disk writes; or a folder of one of these, in which the files' names say
-what is train, validation and test. Everything streams: memory does not grow with the data. A set
-appears under its name whole or not at all.
+Own data: a file (.txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow; .gz, .bz2, .xz or .zip of one),
+a folder of one kind of them, such as save_to_disk writes, or a hub id. The names of files and
+folders say what is train, validation and test; test never trains. Everything streams: memory does
+not grow with the data. A set appears under its name whole or not at all.
 """
 from configurator import UserError, configure, from_hub       # first: see there
 
-import ast
+import csv
 import glob
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cache, partial
 from itertools import chain
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
+from model import ELFConfig, TextEncoder
 from parts.data import (FILES, batched, finish_swap, get_rows, load_tokenizer, open_bins,
                         open_split, read_jsonl, read_lines, read_row, sha256, write_jsonl,
                         write_split)
-from model import ELFConfig, TextEncoder
+from parts.toy import numbers, pydocs, save_encoder, train_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # settings
 
 dataset = 'pydocs'      # the text inside every Python; a file, folder or hub id; a name from KNOWN
 val_dataset = ''        # validation from another such source, '' = its own split, else val_fraction
-subset = ''             # folder inside a hub id, such as 'de-en' of wmt/wmt14
+subset = ''             # of several configurations or folders: one, such as 'de-en'; '.' = all
+columns = ''            # of a table: 'text', or 'input,output' and the like; '' = by their names
 revision = ''           # of a hub id: branch, tag or commit
 name = ''               # folder under data_dir, '' = the dataset's name
 data_dir = 'data'
 letters_only = True     # texts: a-z, lower-case, and single spaces, the easiest; false = all of it
 max_length = 24         # texts: tokens per row, its EOS included
-pack = 'words'          # texts: rows of whole 'words' or 'paragraphs', or one of the 'texts' a row
+pack = 'words'          # texts: rows of whole 'words' or 'paragraphs', or one of 'texts' or 'lines'
 val_fraction = 0.05     # set aside, spread evenly: rows, texts, or blocks of about 2,000 characters
 tokenizer = ''          # hub id or folder, '' = train one on the text and save it beside the bins
-token_level = 'subwords'    # of a trained tokenizer: 'chars' or 'subwords', here mostly whole words
+token_level = 'subwords'    # of a trained one: 'chars', 'words', or 'subwords', mostly whole words
 vocab_size = 6000       # of trained subwords
 encoder = ''            # T5-family hub id or folder, '' = a small untrained one beside the bins
 encoder_dim = 64        # its width C: the width of the latents
@@ -60,11 +61,19 @@ latent_mean = 0.0       # of the encoder's outputs, taken off the latents;
 latent_std = 0.0        # 0.0 = measure both (t5-small: the published 0.0 and 0.2)
 seed = 0                # of the untrained encoder
 
+CHOICES = dict(pack=('words', 'paragraphs', 'texts', 'lines'),
+               token_level=('chars', 'words', 'subwords'))
+AT_LEAST_1 = ('encoder_dim', 'vocab_size')
+ABOVE_0 = ('val_fraction',)
+
 # --------------------------------------------------------------------------------------------------
 # sets by name: what stands here holds where the user set nothing else
 
 T5 = dict(tokenizer='t5-small', encoder='t5-small', letters_only=False)
 KNOWN = {
+    # 100,000 pairs and 1,000 unseen ones; a digit, a word: a token each
+    'numbers': dict(token_level='words', val_fraction=1 / 101),
+    'numbers_back': dict(token_level='words', val_fraction=1 / 101),
     # 9,737,184 rows of 850-1020 tokens
     'openwebtext': dict(T5, dataset='embedded-language-flows/openwebtext-t5', val_fraction=0.0005),
     'wmt14_de-en': dict(T5, dataset='embedded-language-flows/wmt14_de-en_train_t5',
@@ -75,7 +84,7 @@ KNOWN = {
     'openwebtext-raw': dict(T5, dataset='Skylion007/openwebtext', val_fraction=0.0005,
                             revision='963532436460638ab26b7633e23776e6c7e37d59',
                             pack='paragraphs', max_length=1024),
-    'wmt14_de-en-raw': dict(T5, dataset='wmt/wmt14', subset='de-en',
+    'wmt14_de-en-raw': dict(T5, dataset='wmt/wmt14', subset='de-en', columns='de,en',
                             revision='636160b43f4e525818592807e71b666c97327445'),
     'xsum-raw': dict(T5, dataset='EdinburghNLP/xsum', revision='refs/convert/parquet'),
     # One story a row, so that a model learns where stories begin and end. Of 2,316 stories, 202
@@ -84,236 +93,280 @@ KNOWN = {
     'tinystories': dict(T5, dataset='roneneldan/TinyStories', pack='texts', max_length=256,
                         revision='f54c09fd23315a6f9c86f9dc80f725de7d8f9c64'),
 }
-CONFIGS = {'openwebtext': 'config/owt_elf_b.py', 'wmt14_de-en': 'config/wmt14_de_en_elf_b.py',
-           'xsum': 'config/xsum_elf_b.py', 'tinystories': 'config/tinystories.py'}
+# what to train them with: one's own command line adds to it
+CONFIGS = {'pydocs': 'pydocs', 'numbers': 'numbers', 'openwebtext': 'owt_elf_b',
+           'wmt14_de-en': 'wmt14_de_en_elf_b', 'xsum': 'xsum_elf_b', 'tinystories': 'tinystories'}
 
 # --------------------------------------------------------------------------------------------------
-# sources: where texts, pairs of texts or pairs of ids come from
+# a source: files of one kind, by split
 
-PAIRS = (('input', 'output'), ('source', 'target'), ('input', 'target'), ('source', 'output'),
-         ('document', 'summary'))       # names of the two columns of a pair
-TEXT_FILES, TABLES = ('.txt', '.jsonl'), ('.parquet', '.arrow')
-# save_to_disk leaves data-*.arrow (cache-*.arrow beside it is no data) and notes about them
-CORPUS_NAME = re.compile(r'.*\.(txt|jsonl|parquet)|(data-.*|dataset)\.arrow')
-NOTES_NAME = re.compile(r'(state|dataset_info|dataset_dict)\.json|cache-.*\.arrow')
-NO_CORPUS_NAME = re.compile(r'\.|(?i:(licen[sc]e|readme|notice|copying)(?![a-z]).*\.txt)')
+MADE = dict(pydocs=pydocs, numbers=numbers, numbers_back=partial(numbers, back=True))
+TABLES, TEXT_FILES = ('.parquet', '.arrow'), ('.jsonl', '.json', '.csv', '.tsv', '.txt')
+PACKED = ('.gz', '.bz2', '.xz', '.zip')
+KINDS = f"{', '.join(TABLES + TEXT_FILES)}, also compressed"
+# hidden files, what save_to_disk and the hub leave beside the data, and legal texts
+NO_CORPUS = re.compile(r'\..*|(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow|'
+                       r'(?i:(licen[sc]e|readme|notice|copying)(?![a-z]).*\.txt)')
+TEST_WORDS = {'test', 'tests', 'testing', 'testset'}
+VAL_WORDS = {'validation', 'valid', 'val', 'dev', 'eval', 'evaluation', 'holdout', 'heldout'}
 END_OF_TEXT = '<|endoftext|>'
+CARD = 'README.md'
 
 
 @dataclass
 class Source:
-    """What a data set gives; train, val and references are functions that start a fresh stream."""
-    kind: str                       # 'texts', 'pairs' (input, target), 'ids' (condition, target)
-    train: Callable
-    val: Callable = None            # None: it has no such split
-    references: Callable = None     # of ids: the (input, target) texts of val, else of train
-    revision: str = None            # the commit of a hub id
-    conditional: bool = False
+    kind: str               # 'texts', 'pairs' (condition, target), 'ids'
+    columns: tuple          # one, or two for conditions and targets
+    files: dict             # {'train': paths, 'val': paths, perhaps none}
+    commits: list           # of hub ids
 
 
-def load_source(source, subset, revision, pack, for_val=False):
-    """What --dataset, or --val_dataset (for_val), names -> Source. UserError if unusable."""
-    if source == 'pydocs':
-        return pydocs_source(pack)
-    commit = None
-    if source.endswith(TEXT_FILES + TABLES) and not os.path.isdir(source):
-        if not os.path.isfile(source):
-            raise UserError(f"cannot read {source}: no such file; --dataset is 'pydocs', a file "
-                            "(.txt, .jsonl, .parquet), a folder, or a hub id")
-        splits = dict(train=[source], val=[])       # named exactly, it is taken whatever its name
-    else:
-        folder = source
-        if not os.path.isdir(source):
-            folder, commit = fetch(source, subset, revision, for_val)
-        splits = find_splits(source, folder, for_val)
-    if splits['train'][0].endswith(TEXT_FILES):
-        return text_source(source, splits, pack)
-    return table_source(source, splits, subset, commit)
+def load_source():
+    """What --dataset and --val_dataset name -> Source. UserError if it cannot be used."""
+    splits, commit = find_files(dataset, revision)
+    files, commits = dict(train=splits['train'], val=splits['val']), [commit]
+    if val_dataset:
+        splits, commit = find_files(val_dataset, revision if val_dataset == dataset else '')
+        files['val'] = splits['val'] or splits['train'] or splits['test']
+        commits.append(commit)
+    elif splits['test']:
+        print(f"left out as test: {shortened(splits['test'])}")
+    if not files['train'] or val_dataset and not files['val']:
+        found = shortened(sum(splits.values(), [])) or 'no such file'
+        raise UserError(f"{dataset} has nothing to train on: wanted files not named test or "
+                        f"validation, {KINDS}; it has {found}")
+    columns = {split: choose_columns(paths) for split, paths in files.items() if paths}
+    for split, names in columns.items():
+        print(f"{split}: {' and '.join(names)} of {shortened(files[split])}")
+    names = columns['train']
+    if columns.get('val', names) != names:
+        raise UserError("train and val have different columns; they must be alike")
+    kind = 'texts' if len(names) == 1 else 'pairs'
+    return Source('ids' if 'ids' in names[-1] else kind, names, files, commits)
 
 
-def fetch(source, subset, revision, with_test):
+def find_files(source, revision):
+    """The files of what a setting names -> {'train', 'val', 'test': paths}, commit of a hub id."""
+    address = re.match(r'https?://(?:huggingface\.co|hf\.co)/datasets/([^/]+/[^/?#]+)', source)
+    folder = source = address[1] if address else source
+    commit, splits = None, dict(train=[], val=[], test=[])
+    is_file = os.path.isfile(source)
+    if source in MADE or is_file and kind_of(source):   # a file is taken, whatever its name
+        return dict(splits, train=[source]), None
+    if not os.path.isdir(source):
+        if is_file or kind_of(source):
+            raise UserError(f"cannot read {source}: no such file, or none of {KINDS}")
+        folder, commit = fetch(source, revision)
+    for split, path in list_files(source, folder):
+        splits[split].append(path)
+    return splits, commit
+
+
+def list_files(source, folder):
+    """
+    Each file of a folder, or of its chosen part -> [(split, path)]. UserError if they are no single
+    corpus.
+    """
+    patterns = choose_configuration(source, folder)
+    top = os.path.join(folder, '' if subset == '.' or patterns else subset)
+    if not os.path.isdir(top):
+        raise UserError(f"{source} has no {subset!r}; it has {shortened(os.listdir(folder))}")
+    found, seen = [], set()
+    for at, folders, files in os.walk(top, followlinks=True):
+        if os.path.realpath(at) in seen:        # by a link to a folder around it
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(at))
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        for name in folders + sorted(files):
+            path = os.path.join(at, name)
+            if not os.access(path, os.R_OK):
+                raise UserError(f"cannot read {path}: no permission, or a link to nothing")
+            inside = os.path.relpath(path, top)
+            label = next((split for split, pattern in patterns if fnmatch(inside, pattern)), None)
+            other = NO_CORPUS.fullmatch(name) or patterns and label is None
+            if os.path.isfile(path) and kind_of(path) and not other:
+                found.append((split_of(f"{label or ''}/{inside}"), path))
+    kinds = {kind_of(path): path for split, path in found if split != 'test'}
+    if len(kinds) > 1:
+        raise UserError(f"{source} has files of several kinds, {' and '.join(kinds.values())}; "
+                        "give one kind, or name one file itself")
+    folders = {os.path.dirname(path) for split, path in found if split == 'train'}
+    folders = sorted(os.path.relpath(at, top) for at in folders if not os.path.samefile(at, top))
+    if len(folders) > 1 and not patterns and not subset:
+        raise UserError(f"{source} has several folders to train on: {shortened(folders)}; choose "
+                        "one by --subset, or --subset=. for all")
+    return found
+
+
+def choose_configuration(source, folder):
+    """
+    The files of the configuration that subset names, or of the only one, by the card of a dataset
+    -> [(split, pattern)], empty if it says nothing. UserError if there are several to choose from.
+    """
+    from huggingface_hub import metadata_load
+    card = os.path.join(folder, CARD)
+    if not os.path.isfile(card):
+        return []
+    patterns = []
+    with from_hub("cannot read", card):
+        configs = (metadata_load(card) or {}).get('configs') or []
+        names = [config['config_name'] for config in configs]
+        for config in configs:
+            inside = f"{config.get('data_dir')}/*" * ('data_dir' in config)
+            files = config.get('data_files') or inside
+            for entry in [files] if isinstance(files, str) else files:
+                entry = dict(split='', path=entry) if isinstance(entry, str) else entry
+                paths = [entry['path']] if isinstance(entry['path'], str) else entry['path']
+                if subset in ('', config['config_name']):
+                    patterns += [(entry['split'], path) for path in paths if path]
+    if len(names) > 1 and subset not in names + ['.']:
+        raise UserError(f"{source} has several configurations; choose one by --subset: "
+                        f"{', '.join(names)}")
+    return patterns
+
+
+def fetch(source, revision):
     """The files of a hub id, which come from the cache if they are there -> folder, commit."""
     from huggingface_hub import snapshot_download
-    inside = f'{subset}/' if subset else ''
+    print(f"{source}: its files from the hub" + ", without those named test" * (not val_dataset))
     # 'test' as a word; the patterns' * crosses slashes
-    ignore = None if with_test else ['test[!a-z]*', '*[!a-z]test[!a-z]*']
-    data = [f'{inside}*{ending}' for ending in TABLES]
-    print(f"{source}: its {' and '.join(TABLES)} files from the hub"
-          + ", without those named test" * (not with_test))
+    ignore = None if val_dataset else ['test[!a-z]*', '*[!a-z]test[!a-z]*']
+    get = partial(snapshot_download, source, repo_type='dataset', revision=revision or None,
+                  ignore_patterns=ignore)
     with from_hub("no dataset", source):
-        folder = snapshot_download(source, repo_type='dataset', revision=revision or None,
-                                   allow_patterns=data, ignore_patterns=ignore)
-    return os.path.join(folder, subset), os.path.basename(folder)
+        patterns = [path for _, path in choose_configuration(source, get(allow_patterns=[CARD]))]
+        inside = f'{subset}/' if subset not in ('', '.') else ''
+        for kinds in (TABLES, TEXT_FILES):      # tables first: often a text lies beside them
+            endings = [kind + packed for kind in kinds for packed in ('', *PACKED)]
+            folder = get(allow_patterns=patterns or [f'{inside}*{ending}' for ending in endings])
+            names = glob.glob(f'{inside}**', root_dir=folder, recursive=True)
+            if any(kind_of(name) in kinds for name in names):
+                break
+    return folder, os.path.basename(folder)
 
 
-def some(names):
-    """A list for a message, shortened."""
-    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ''
-    return ', '.join(map(str, names[:5])) + more
-
-
-def words_of(path):
-    """The words in a path, lower-case: data/x_devSet.jsonl -> data, x, dev, set, jsonl."""
-    return [word.lower() for word in re.findall('[A-Z]?[a-z]+|[A-Z]+', path)]
-
-
-def find_files(folder):
-    """Paths in a folder, from there, of what may be a corpus; anything else is left out aloud."""
-    found, ignored = [], []
-    for at, folders, files in os.walk(folder):
-        hidden = [name for name in folders if name.startswith('.')]
-        folders[:] = sorted(set(folders) - set(hidden))
-        ignored += [os.path.relpath(os.path.join(at, name), folder) for name in hidden]
-        for name in sorted(files):
-            path = os.path.relpath(os.path.join(at, name), folder)
-            if CORPUS_NAME.fullmatch(name) and not NO_CORPUS_NAME.match(name):
-                found.append(path)
-            elif not NOTES_NAME.fullmatch(name):
-                ignored.append(path)
-    if ignored:
-        print(f"{folder}: ignored, no corpus: {some(ignored)}")
-    return found
+def kind_of(path):
+    """Its ending, without that of a compression: x.JSONL.gz -> .jsonl; '' if we do not read it."""
+    root, ending = os.path.splitext(path.lower())
+    if ending in PACKED:
+        ending = os.path.splitext(root)[1]
+    return ending if ending in TABLES + TEXT_FILES else ''
 
 
 def split_of(path):
     """'train', 'val' or 'test', by the words in a path; 'test' goes before all, it never trains."""
-    words = set(words_of(path))
-    if 'test' in words:
-        return 'test'
-    return 'val' if words & {'validation', 'valid', 'val', 'dev'} else 'train'
+    words = {word.lower() for word in re.findall('[A-Z]?[a-z]+|[A-Z]+', path)}
+    return 'test' if words & TEST_WORDS else 'val' if words & VAL_WORDS else 'train'
 
 
-def find_splits(source, folder, for_val):
-    """
-    The files of a folder by their names -> {'train': paths, 'val': paths}; for_val: under 'train'
-    what is to validate, test files only if there are no others. UserError: none, or mixed ones.
-    """
-    splits = dict(train=[], val=[], test=[])
-    for path in find_files(folder):
-        splits[split_of(path)].append(path)
-    if for_val:
-        chosen = splits['val'] or splits['train'] or splits['test']
-        splits = dict(train=chosen, val=[], test=[] if chosen is splits['test'] else splits['test'])
-    if splits['test']:
-        print(f"{source}: left out as test: {some(splits['test'])}")
-    if not splits['train'] and (splits['val'] or splits['test']):
-        raise UserError(f"{source} has nothing to train on, only files of test or validation: "
-                        f"{some(splits['test'] + splits['val'])}; rename them, or name one itself")
-    files = splits['train'] + splits['val']
-    if not files:
-        raise UserError(f"{source} has no data: expected .txt, .jsonl or .parquet files, or what "
-                        "save_to_disk writes; from the hub .parquet and .arrow, not named test")
-    kinds = {os.path.splitext(path)[1]: path for path in files}
-    if len(kinds) > 1 and not kinds.keys() <= set(TEXT_FILES):
-        raise UserError(f"{source} has {' and '.join(sorted(kinds))} files, such as "
-                        f"{' and '.join(kinds.values())}; give one kind, or name one file itself")
-    for split, paths in splits.items():
-        splits[split] = [os.path.join(folder, path) for path in paths]
-    return splits
+def shortened(names):
+    """A list for a message."""
+    return ', '.join(names[:5]) + f" and {len(names) - 5:,} more" * (len(names) > 5)
 
-# ---- texts ----
+# --------------------------------------------------------------------------------------------------
+# files to texts, pairs (condition, target) of texts, or pairs of ids, streamed
 
-def docstrings():
-    """Every docstring of Python's standard library but its tests; read, never imported."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    # a distribution may leave some out, or put its own packages beside
-    skipped = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'lib2to3'}
-    for at, folders, files in os.walk(os.path.dirname(os.__file__)):
-        folders[:] = sorted(set(folders) - skipped)
-        for file in sorted(files):
-            if not file.endswith('.py'):
-                continue
-            with open(os.path.join(at, file), 'rb') as f:
-                tree = ast.parse(f.read())
-            for node in ast.walk(tree):
-                if isinstance(node, documented):
-                    yield ast.get_docstring(node) or ''
+# names of the two columns of a pair, and names that may or may not be meant
+PAIRS = (('input', 'output'), ('source', 'target'), ('input', 'target'), ('source', 'output'),
+         ('document', 'summary'), ('condition_input_ids', 'input_ids'))
+UNCLEAR = {'instruction', 'prompt', 'completion', 'question', 'answer', 'response', 'chosen'}
 
 
-def pydocs_text():
-    """
-    The prose that every Python carries, of its language reference (pydoc_data.topics) and of its
-    library's docstrings; a paragraph a line, blank lines between.
-    """
-    from pydoc_data.topics import topics
-    paragraphs = {}             # a dict, as some stand in two places
-    for text in chain((topics[topic] for topic in sorted(topics)), docstrings()):
-        for paragraph in text.split('\n\n'):
-            flat = re.sub(r'[*"`]+', '', ' '.join(paragraph.split()))
-            if is_prose(flat):
-                paragraphs[flat] = True
-    return '\n\n'.join(paragraphs)
-
-
-def is_prose(paragraph):
-    """No code, grammar, table or heading."""
-    letters = sum(ch.isalpha() or ch in ' ,.' for ch in paragraph)
-    whole = len(paragraph) > 60 and paragraph[-1] in '.:;'
-    return whole and letters > 0.92 * len(paragraph) and '::=' not in paragraph
-
-
-def pydocs_source(pack):
-    text = pydocs_text()
-    if pack == 'texts':
-        return Source('texts', partial(iter, text.split('\n\n')))
-    return Source('texts', partial(blocks, text.splitlines(keepends=True), 2000))
-
-
-def text_source(source, splits, pack):
-    """A Source of .txt and .jsonl files."""
-    files = dict(texts=[], pairs=[])
-    for file in splits['train'] + splits['val']:
-        pair = file.endswith('.jsonl') and isinstance(next(read_items(file), ''), tuple)
-        files['pairs' if pair else 'texts'].append(file)
-    if files['texts'] and files['pairs']:
-        raise UserError(f"{source} has both texts ({some(files['texts'])}) and pairs "
-                        f"({some(files['pairs'])}); give one kind")
-    # a small corpus, too, has some blocks to set aside
-    size = min(2000, max(100, sum(map(os.path.getsize, splits['train'])) // 40))
-    train = partial(read_files, splits['train'], pack, size)
-    val = partial(read_files, splits['val'], pack, size) if splits['val'] else None
-    kind = 'pairs' if files['pairs'] else 'texts'
-    return Source(kind, train, val, conditional=kind == 'pairs')
-
-
-def read_files(files, pack, size):
-    """The items of .jsonl files; the texts, or else blocks of size characters, of .txt files."""
-    for file in files:
-        if file.endswith('.jsonl'):
-            yield from read_items(file)
-        elif pack == 'texts':
-            yield from marked_texts(file)
+def read_rows(file, names=()):
+    """The rows of a file -> (where they stand, for messages; {column: value}, names at least)."""
+    kind = kind_of(file)
+    if kind == '.jsonl':
+        yield from read_jsonl(file)
+    elif kind == '.txt':
+        yield from ((file, dict(text=line)) for line in read_lines(file))
+    else:
+        if kind in ('.csv', '.tsv'):    # `datasets` would take "NA" for nothing, "1" for a number
+            csv.field_size_limit(1 << 30)
+            rows = csv.DictReader(read_lines(file), delimiter=',' if kind == '.csv' else '\t')
         else:
-            yield from blocks(read_lines(file), size)
+            rows = MADE[file]() if file in MADE else open_table(file, names)
+        with from_hub("not readable", file):
+            for n, row in enumerate(rows):
+                yield f"{file}, row {n}", row.get('translation') or row
 
 
-def read_items(file):
+def open_table(file, names=()):
+    """A file -> a dataset, with these columns if it has them; streamed: mapped pages are memory."""
+    import datasets
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)       # errors are one line of ours
+    with from_hub("not readable", file):
+        table = datasets.load_dataset(kind_of(file)[1:], data_files=glob.escape(file),
+                                      split='train', streaming=True)
+    inside = names and set(names) <= set(table.features or ())
+    return table.select_columns(list(names)) if inside else table
+
+
+def choose_columns(paths):
     """
-    Lines of a .jsonl: texts (under 'text') or pairs ('input' or 'source', 'output' or 'target').
-    UserError names file and line.
+    What to read of tables, by the names of their columns -> one name, or two of a pair. UserError
+    if it can be read in several ways.
     """
-    first = None                # 1 or 2 texts a line
-    for where, row in read_jsonl(file):
-        names = next((pair for pair in PAIRS if row.keys() >= set(pair)), ('text',))
-        item = tuple(row.get(name) for name in names)
-        if item == (None,):
-            have = some([repr(key) for key in row]) or 'nothing'
-            raise UserError(f"{where} needs 'text', or 'input' and 'output' (or 'source' and "
-                            f"'target'); it has {have}")
-        if not all(isinstance(text, str) and text.strip() for text in item):
-            needed = ' and '.join(map(repr, names))
-            raise UserError(f"{where}: {needed} must be text, and not blank")
-        first = first or len(item)
-        if len(item) != first:
-            this, others = ('a pair', 'have not') if first == 1 else ('plain text', 'have pairs')
-            raise UserError(f"{where} has {this}, the lines before {others}; give one kind")
-        yield item if first == 2 else item[0] + '\n'
+    where, row = next(chain.from_iterable(map(read_rows, paths)), ('', dict(text='')))
+    have = f"{where} has the columns {', '.join(map(str, row))}"
+    if columns:
+        names = tuple(columns.split(','))
+        if not set(names) <= row.keys() or len(names) > 2:
+            raise UserError(f"{have}; --columns={columns} must name one or two of them")
+        return names
+    readings = [names for names in (*PAIRS, ('input_ids',), ('text',)) if row.keys() >= set(names)]
+    if 'input_ids' in row and 'text' not in row:    # beside ids stand the pairs that they are of
+        readings = [names for names in readings if 'input_ids' in names][:1]
+    if len(readings) != 1 or UNCLEAR & row.keys():
+        raise UserError(f"{have}; say what to read, such as --columns=text, or condition and "
+                        "target: --columns=prompt,completion")
+    return readings[0]
 
 
-def marked_texts(file):
+def read_texts(file, names):
+    """The text, or pair, in each row of a file. A pair with a blank side is left out, aloud."""
+    blank = 0
+    for where, row in read_rows(file, names):
+        texts = tuple(row.get(name) for name in names)
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where} lacks a text under {' or '.join(names)}: {str(row)[:100]}")
+        if len(names) == 1:
+            yield texts[0]
+        elif all(map(str.strip, texts)):
+            yield texts
+        else:
+            blank += 1
+    if blank:
+        say_once(f"{file}: {blank:,} pairs with a blank side are left out")
+
+
+say_once = cache(tqdm.write)        # a file is read up to three times
+
+
+def read_items(source, paths, names):
+    """What stands in the columns of files: texts, pairs, or pairs of ids."""
+    # a small corpus, too, has some blocks to set aside
+    size = sum(map(os.path.getsize, filter(kind_of, source.files['train']))) // 40 or 2000
+    for file in paths:
+        texts = read_texts(file, names)
+        if 'ids' in names[-1]:
+            yield from id_rows(file, names)
+        elif len(names) == 2:
+            yield from texts
+        elif pack == 'lines' or pack == 'texts' and file == 'pydocs':
+            yield from (line for text in texts for line in text.split('\n') if line.strip())
+        elif kind_of(file) != '.txt' and file != 'pydocs':
+            yield from (text + '\n' for text in texts)
+        elif pack == 'texts':
+            yield from marked_texts(file, texts)
+        else:
+            yield from blocks(texts, min(2000, max(100, size)))
+
+
+def marked_texts(file, lines):
     """The texts of a .txt with <|endoftext|> between them. UserError if one is endless."""
     parts, count = [], 0        # of the text at hand
-    for line in read_lines(file):
+    for line in lines:
         *ends, rest = line.split(END_OF_TEXT)
         for end in ends:
             yield ''.join(parts) + end
@@ -343,149 +396,65 @@ def blocks(lines, size):
     if block:
         yield ''.join(block)
 
-# ---- tables ----
 
-def table_source(source, splits, subset, commit):
-    """A Source of .parquet or .arrow files, ids or texts. UserError if columns are missing."""
-    train, columns = open_table(splits['train'])
-    val = open_table(splits['val'])[0] if splits['val'] else None
-    pair = next((pair for pair in PAIRS if set(pair) <= set(columns)), None)
-    references, inside = None, ''
-    if 'input_ids' in columns:
-        names = [name for name in ('condition_input_ids', 'input_ids') if name in columns]
-        if pair == ('input', 'target'):
-            references = partial(text_rows, val or train, source, pair, '')
-    elif 'translation' in columns and subset.count('-') == 1:
-        names, inside = subset.split('-'), 'translation'        # a dict of languages
-    elif pair or 'text' in columns:
-        names = pair or ['text']
-    else:
-        raise UserError(f"{source} has the columns {', '.join(columns)}; needed: input_ids "
-                        "(save_to_disk), text, or a pair such as input and target")
-    conditional = len(names) == 2
-    if 'input_ids' in names:
-        kind, read = 'ids', partial(id_rows, source=source, names=names)
-    else:
-        kind = 'pairs' if conditional else 'texts'
-        read = partial(text_rows, source=source, names=names, inside=inside)
-    val = partial(read, val) if val else None
-    return Source(kind, partial(read, train), val, references, commit, conditional)
-
-
-def open_table(files):
-    """Files of one kind -> a streamed dataset, names of its columns. UserError if unreadable."""
-    from datasets import load_dataset
-    kind = files[0].rpartition('.')[2]
-    with from_hub("not readable", os.path.dirname(files[0])):
-        # streamed, not mapped: mapped pages would count as memory
-        table = load_dataset(kind, data_files=files, split='train', streaming=True)
-        return table, list(table.features or next(iter(table), {}))
-
-
-def text_rows(table, source, names, inside):
-    """The text or pair under names in each row, or its dict `inside`. UserError names the row."""
-    with from_hub("not readable", source):
-        for n, row in enumerate(table.select_columns([inside] if inside else list(names))):
-            row = row[inside] or {} if inside else row
-            texts = tuple(row.get(name) for name in names)
-            if not all(isinstance(text, str) for text in texts):
-                raise UserError(f"{source}, row {n} lacks a text: {str(list(texts))[:100]}")
-            yield texts if len(texts) == 2 else texts[0] + '\n'
-
-
-def id_rows(table, source, names):
-    """
-    (condition ids, target ids) of each row, as arrays, a thousand rows in memory at a time.
-    UserError names the rows.
-    """
+def id_rows(file, names):
+    """(condition ids, target ids) of each row, as arrays, a thousand rows in memory at a time."""
     first = 0
-    with from_hub("not readable", source):
-        for batch in table.select_columns(names).with_format('arrow').iter(1000):
-            rows = f"the rows {first} to {first + len(batch) - 1}"
-            columns = [split_column(batch[name].combine_chunks(), name, rows) for name in names]
-            if len(columns) == 1:
-                columns = [[()] * len(batch), *columns]
-            yield from zip(*columns)
+    with from_hub("not readable", file):
+        for batch in open_table(file, names).with_format('arrow').iter(1000):
+            parts = [split_column(file, first, name, batch[name].combine_chunks())
+                     for name in names]
+            yield from zip(*parts) if len(parts) == 2 else (((), part) for part in parts[0])
             first += len(batch)
 
 
-def split_column(column, name, rows):
+def split_column(file, first, name, column):
     """An Arrow array of lists of ids -> an array for each row, all of them views of one."""
     import pyarrow
     is_list = hasattr(column, 'value_lengths')
     if not is_list or not pyarrow.types.is_integer(column.type.value_type):
-        raise UserError(f"column {name} holds {column.type}, not lists of whole numbers")
+        raise UserError(f"{file}: {name} holds {column.type}, not lists of whole numbers")
     lengths, ids = column.value_lengths().to_numpy(zero_copy_only=False), column.flatten()
     if column.null_count or ids.null_count or not lengths.all():
-        raise UserError(f"{name} is empty in one of {rows}; every row needs ids")
+        raise UserError(f"{file}: {name} is empty in one of the rows {first} to "
+                        f"{first + len(column) - 1}; every row needs ids")
     return np.split(ids.to_numpy(), np.cumsum(lengths)[:-1])
 
-# ---- validation, letters ----
 
-def hold_out(source, k):
-    """A Source without a validation split -> one with it: each k-th item."""
-    references = source.references and partial(every_kth, source.references, k, True)
-    return replace(source, train=partial(every_kth, source.train, k, False),
-                   val=partial(every_kth, source.train, k, True), references=references)
-
-
-def every_kth(read, k, chosen):
-    """Each k-th item of a stream, or (not chosen) all others."""
-    for i, item in enumerate(read()):
-        if (i % k == k - 1) == chosen:
-            yield item
+def read_split(source, split, names=()):
+    """The items of 'train' or 'val'; without files of its own, val is each k-th of train."""
+    k = max(2, round(1 / val_fraction))
+    paths = source.files[split] or source.files['train']
+    for i, item in enumerate(read_items(source, paths, names or source.columns)):
+        if source.files['val'] or (i % k == k - 1) == (split == 'val'):
+            yield plain(item) if source.kind == 'texts' else item
 
 
-def only_letters(read):
-    """a-z, lower-case, and single spaces of each text."""
-    for text in read():
-        yield re.sub(r'[^a-z]+', ' ', text.lower())
+def plain(text):
+    """A text without markers between texts, and, if asked for, with letters only."""
+    if END_OF_TEXT in text:
+        say_once(f"{END_OF_TEXT} counts as a line's end; --pack=texts makes rows of the texts")
+        text = text.replace(END_OF_TEXT, '\n')
+    return re.sub(r'[^a-z]+', ' ', text.lower()) if letters_only else text
 
 # --------------------------------------------------------------------------------------------------
-# texts to rows of ids
+# rows to ids
 
-def train_tokenizer(texts, level, size):
-    """
-    A tokenizer of 'chars' or at most size 'subwords' under T5's conventions (pad 0, eos 1, unk 2),
-    which gives every text of its symbols back exactly.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    special = ['<pad>', '</s>', '<unk>']
-    if level == 'chars':
-        symbols = set()
-        for text in texts:
-            symbols.update(text)
-        ids = {symbol: i for i, symbol in enumerate(special + sorted(symbols))}
-        tok = Tokenizer(models.WordLevel(ids, unk_token='<unk>'))
-        tok.pre_tokenizer = pre_tokenizers.Split('', 'isolated')
-        tok.decoder = decoders.Fuse()
-    elif level == 'subwords':
-        tok = Tokenizer(models.BPE(unk_token='<unk>'))
-        tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tok.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-        tok.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', eos_token='</s>',
-                                   unk_token='<unk>', clean_up_tokenization_spaces=False)
-
-
-def find_tokenizer(name, folder, source, level, size):
-    """The tokenizer of that name, or without a name one trained on the texts, saved in folder."""
-    if name:
-        tok = load_tokenizer(name)
+def find_tokenizer(folder, source):
+    """The tokenizer that is named, else one trained on the texts and saved in folder."""
+    if tokenizer:
+        tok = load_tokenizer(tokenizer)
         if not tok.is_fast or tok.pad_token_id is None or tok.eos_token_id is None:
-            raise UserError(f"tokenizer {name!r} has no pad or EOS token, or no fast version; "
+            raise UserError(f"tokenizer {tokenizer!r} has no pad or EOS token, or no fast version; "
                             "take a T5 one")
         return tok
     if source.kind == 'ids':
         raise UserError("the dataset holds ids; name the tokenizer they are from, "
                         "for example --tokenizer=t5-small")
-    texts = source.train()
+    texts = read_split(source, 'train')
     if source.kind == 'pairs':
         texts = chain.from_iterable(texts)
-    tok = train_tokenizer(texts, level, size)
+    tok = train_tokenizer(texts, token_level, vocab_size)
     tok.save_pretrained(os.path.join(folder, 'tokenizer'))
     return tok
 
@@ -555,83 +524,55 @@ def cut_rows(texts, tok, max_length):
                 count += 1
                 cut += len(ids) >= max_length
     if cut:
-        tqdm.write(f"{cut:,} of {count:,} texts have more than max_length={max_length} tokens, "
-                   "the rest of them is left out")
+        tqdm.write(f"{cut:,} of {count:,} texts ({cut / count:.0%}) have more than max_length="
+                   f"{max_length} tokens, the rest of them is left out")
 
 
 def make_rows(kind, items, tok, pack, max_length):
-    """The items of a Source -> (condition ids, target ids) of each row, streamed."""
+    """Texts, pairs or ids -> (condition ids, target ids) of each row, streamed."""
+    eos = tok.eos_token_id
     if kind == 'ids':
         yield from items
     elif kind == 'pairs':
         for batch in batched(items, 1000):
-            flat = [text for pair in batch for text in pair]
-            rows = [ids + [tok.eos_token_id] for ids in tokenize(flat, tok)]
+            rows = [ids + [eos] for ids in tokenize(list(chain.from_iterable(batch)), tok)]
             yield from zip(rows[::2], rows[1::2])
+    elif pack in ('texts', 'lines'):
+        yield from (((), row) for row in cut_rows(items, tok, max_length))
     else:
-        rows = (cut_rows(items, tok, max_length) if pack == 'texts' else
-                pack_rows(split_pieces(items, tok, pack), max_length, tok.eos_token_id))
-        for row in rows:
-            yield (), row
+        yield from (((), row) for row in pack_rows(split_pieces(items, tok, pack), max_length, eos))
 
 
-def write_splits(folder, source, tok, dtype, pack, max_length):
+def write_splits(folder, source, tok, dtype):
     """train and val of a Source to bins -> {split: n} of rows, of tokens, of the longest row."""
-    rows, tokens, longest = {}, {}, {}
-    for split, read in (('train', source.train), ('val', source.val)):
-        stream = make_rows(source.kind, read(), tok, pack, max_length)
-        stream = tqdm(stream, desc=split, unit=' rows', disable=None)
-        counts = write_split(folder, split, stream, dtype, len(tok))
-        rows[split], tokens[split], longest[split] = counts
-    return rows, tokens, longest
+    counts = {}
+    for split in ('train', 'val'):
+        rows = make_rows(source.kind, read_split(source, split), tok, pack, max_length)
+        rows = tqdm(rows, desc=split, unit=' rows', disable=None)
+        counts[split] = write_split(folder, split, rows, dtype, len(tok), tok.eos_token_id)
+        if not counts[split][0]:
+            hint = "; give more, or a larger val_fraction" * (split == 'val')
+            hint += "; --letters_only=false keeps more than a-z" * letters_only
+            hint += f"; --pack=texts needs {END_OF_TEXT} in a .txt" * (pack == 'texts')
+            raise UserError(f"{dataset} is too little: no rows for {split}{hint}")
+    return [dict(zip(counts, column)) for column in zip(*counts.values())]
+
+
+def write_references(folder, source, tok):
+    """val.jsonl: the texts of the validation pairs, for samples, BLEU and ROUGE."""
+    names, decode = source.columns, partial(tok.decode, skip_special_tokens=True)
+    if source.kind == 'ids':
+        paths = source.files['val'] or source.files['train']
+        if {'input', 'target'} <= set(open_table(paths[0]).features):
+            names = ('input', 'target')
+        else:
+            print("val.jsonl: the set has no texts, so what its tokenizer makes of the ids")
+    pairs = (map(decode, pair) if names[0].endswith('ids') else pair
+             for pair in read_split(source, 'val', names))
+    write_jsonl(os.path.join(folder, 'val.jsonl'), (dict(input=a, target=b) for a, b in pairs))
 
 # --------------------------------------------------------------------------------------------------
 # encoder
-
-def neighbour_vectors(meta, dim, seed):
-    """
-    Vectors (V, dim) of tokens by the company they keep, so that "is" lies near "was": how much more
-    often than by chance each other token stands right before or after, as a positive logarithm,
-    reduced to dim singular directions. The strongest one only tells how frequent a token is and is
-    left out. Mean square norm 1; rare tokens are short.
-    """
-    V = meta['vocab_size']
-    ids = open_split(meta, 'train')[0][:2_000_000].astype(np.int64)
-    # a token and a neighbour as one number; neighbours on the right count from V on
-    before, after = ids[1:] * 2 * V + ids[:-1], ids[:-1] * 2 * V + V + ids[1:]
-    pairs, counts = np.unique(np.concatenate((before, after)), return_counts=True)
-    at = np.stack(np.divmod(pairs, 2 * V))
-    tokens = np.bincount(at[0], counts, V)
-    # the power keeps rare neighbours from ruling
-    neighbours = np.bincount(at[1], counts, 2 * V) ** 0.75
-    chance = tokens[at[0]] * neighbours[at[1]] / neighbours.sum()
-    surprise = np.log(counts / chance).clip(0).astype(np.float32)
-    surprise = torch.sparse_coo_tensor(at, surprise, (V, 2 * V), check_invariants=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)         # the method starts from random directions
-        u, s, _ = torch.svd_lowrank(surprise, q=min(dim + 1, V), niter=4)
-    vectors = F.pad(u[:, 1:] * s[1:].sqrt(), (0, dim + 1 - len(s)))
-    return vectors / vectors.square().sum(-1).mean().sqrt()
-
-
-def save_own_encoder(path, meta, dim, layers, seed):
-    """
-    A small T5 encoder with seeded random weights, but for its token vectors: those of their
-    neighbours, and some noise that tells apart what is alike. That is all the demo needs.
-    """
-    from transformers import T5Config, T5EncoderModel
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    heads = 4 if dim % 4 == 0 else 1
-    config = T5Config(vocab_size=meta['vocab_size'], d_model=dim, d_kv=dim // heads, d_ff=2 * dim,
-                      num_layers=layers, num_heads=heads)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = T5EncoderModel(config)
-    table = model.get_input_embeddings().weight.data        # unit normal
-    table.mul_(0.4).add_(neighbour_vectors(meta, dim, seed), alpha=dim ** 0.5)
-    model.save_pretrained(path)
-
 
 def load_encoder(name, vocab_size):
     """A TextEncoder for a tokenizer of vocab_size ids. UserError if it knows fewer."""
@@ -649,8 +590,8 @@ def measure_latents(text_encoder, meta):
     c = ELFConfig(max_length=T, max_input_length=T)
     rows = np.unique(np.linspace(0, meta['rows']['train'] - 1, 512).astype(int))
     count, total, square = 0, 0.0, 0.0
-    for some_rows in batched(rows, max(1, 2048 // T)):
-        ids, valid, _ = get_rows(meta, 'train', some_rows, c)
+    for batch in batched(rows, max(1, 2048 // T)):
+        ids, valid, _ = get_rows(meta, 'train', batch, c)
         x = text_encoder(ids, valid)[valid].double()        # (valid tokens, C)
         count += x.numel()
         total += x.sum().item()
@@ -661,47 +602,24 @@ def measure_latents(text_encoder, meta):
 # --------------------------------------------------------------------------------------------------
 # before and after
 
-def check(config):
+def check():
     """All that is refused before anything is read; a set that a kill left aside is put back."""
-    lowest = dict(max_length=4, encoder_dim=4, encoder_layers=0, vocab_size=260, seed=0)
-    choices = dict(pack=('words', 'paragraphs', 'texts'), token_level=('chars', 'subwords'))
-    for key, low in lowest.items():
-        if config[key] < low:
-            raise UserError(f"{key}={config[key]}: must be at least {low}")
-    for key, values in choices.items():
-        if config[key] not in values:
-            raise UserError(f"{key}={config[key]!r} is none of {', '.join(map(repr, values))}")
-    if not 0 < config['val_fraction'] < 1:
-        raise UserError(f"val_fraction={config['val_fraction']}: must lie between 0 and 1")
-    mean, std = config['latent_mean'], config['latent_std']
-    if std < 0 or mean and not std:
-        raise UserError(f"latent_mean={mean}, latent_std={std}: give both, the latter above 0, "
-                        "or neither to measure them")
-    name, data_dir = config['name'], config['data_dir']
+    if max_length < 2 or val_fraction >= 1:
+        raise UserError("max_length starts at 2, as EOS is one of a row's tokens; val_fraction is "
+                        "below 1")
+    if latent_mean and not latent_std:
+        raise UserError("give latent_mean and latent_std both, or neither to measure them")
     if name != os.path.basename(name) or name in ('', '.', '..'):
         raise UserError(f"name={name!r}: must be one folder's name, without slashes; "
                         "--data_dir says where")
     finish_swap(data_dir, name)
     final = os.path.join(data_dir, name)
-    holds_bins = os.path.exists(os.path.join(final, 'meta.json'))
-    if os.path.isdir(final) and os.listdir(final) and not holds_bins:
+    if os.path.isdir(final) and os.listdir(final) and 'meta.json' not in os.listdir(final):
         raise UserError(f"{final} is there already and holds no bins (no meta.json); "
                         "choose another --name")
-
-
-def remove_leftovers(data_dir, name):
-    """The folders of runs that were killed, a day ago or longer."""
-    for left in glob.glob(f'.{glob.escape(name)}.tmp-*', root_dir=data_dir):
-        left = os.path.join(data_dir, left)
-        if os.path.getmtime(left) < time.time() - 86400:
+    for left in glob.glob(os.path.join(glob.escape(data_dir), f'.{glob.escape(name)}.tmp-*')):
+        if os.path.getmtime(left) < time.time() - 86400:    # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
-
-
-def write_references(folder, source):
-    """val.jsonl: the texts of the validation pairs, as far as the source has them."""
-    read = source.val if source.kind == 'pairs' else source.references
-    write_jsonl(os.path.join(folder, 'val.jsonl'),
-                (dict(input=a, target=b) for a, b in (read() if read else ())))
 
 
 def checksums(folder):
@@ -711,7 +629,7 @@ def checksums(folder):
     return {file: sha256(os.path.join(folder, file)) for file in files}
 
 
-def swap_in(folder, data_dir, name):
+def swap_in(folder):
     """Put the new set in the place of the old; finish_swap mends what a kill in between leaves."""
     final, old = os.path.join(data_dir, name), os.path.join(data_dir, f'.{name}.old')
     if os.path.isdir(final):
@@ -721,99 +639,79 @@ def swap_in(folder, data_dir, name):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def describe(meta, tok, longest):
-    """Print what the user should have now: sizes, and the first row of each split as text."""
-    commits = [f", revision {commit}" for commit in meta['source']['revision'] if commit]
-    print(f"{meta['source']['dataset']}: {meta['source']['kind']}" + ''.join(commits))
+def show(meta, tok, longest):
+    """Print what the user should have now: sizes, what was lost, the first rows as text."""
     for split in ('train', 'val'):
         ids, index = open_split(meta, split)
-        file = os.path.join(meta['dir'], f'{split}.bin')
-        print(f"{file}: {len(index):,} rows of at most {longest[split]} tokens, "
+        print(f"{ids.filename}: {len(index):,} rows of at most {longest[split]} tokens, "
               f"{len(ids):,} tokens, {ids.nbytes:,} bytes")
-        first = [tok.decode(part.tolist(), skip_special_tokens=True)
-                 for part in read_row(ids, index, 0) if len(part)]
-        print("  first row: " + ' -> '.join(repr(text[:100]) for text in first))
+        first = [tok.decode(part, skip_special_tokens=True) for part in read_row(ids, index, 0)]
+        print("  first row: " + ' -> '.join(repr(text[:100]) for text in filter(None, first)))
+        unknown = np.mean(ids[:10_000_000] == tok.unk_token_id)
+        if unknown > 0.01:
+            print(f"  WARNING: {unknown:.1%} of the tokens are {tok.unk_token}, their text lost; "
+                  "without --tokenizer one is trained on this text")
 
 
-def next_command(meta, name, known):
-    """What to run on the new set."""
-    own = f"--dataset={name} --max_length={meta['max_length']} --out_dir=out/{name}"
-    if known and name in CONFIGS:
-        return f"torchrun --nproc_per_node=8 train.py {CONFIGS[name]}"
+def next_command(meta, asked):
+    """What to run on the new set; asked: --dataset."""
+    own = f" --dataset={name} --max_length={meta['max_length']} --out_dir=out/{name}"
     if meta['conditional']:
-        return f"a config like config/wmt14_de_en_elf_b.py with dataset = {name!r}"
-    if meta['encoder'] != os.path.join(meta['dir'], 'encoder'):
-        return f"python train.py config/owt_elf_b.py {own}"
-    return "python train.py config/demo.py" + f" {own}" * (name != 'pydocs')
+        lengths = np.diff(open_split(meta, 'train')[1])
+        print(f"conditions: half of them up to {np.median(lengths):.0f} tokens, 95 % up to "
+              f"{np.quantile(lengths, 0.95):.0f}, all up to {lengths.max()}")
+        own += f" --max_input_length={lengths.max()}"
+    if asked == name in CONFIGS:
+        return f"python train.py config/{CONFIGS[name]}.py"
+    if encoder:
+        config = 'wmt14_de_en_elf_b' if meta['conditional'] else 'owt_elf_b'
+    else:
+        config = 'numbers' if meta['conditional'] else 'pydocs'
+    return f"python train.py config/{config}.py{own}"
 
 
 if __name__ == '__main__':
     given = set()
-    config = configure(globals(), given=given)
-    known = KNOWN.get(dataset, {})
+    configure(globals(), given=given)
     name = name or os.path.splitext(os.path.basename(dataset.rstrip('/')))[0].removesuffix('-raw')
-    for key, value in known.items():
-        if key == 'dataset' or key not in given:
-            globals()[key] = value
-    check({key: globals()[key] for key in config})
+    asked = dataset
+    globals().update({key: value for key, value in KNOWN.get(asked, {}).items()
+                      if key == 'dataset' or key not in given})
+    check()
+    source = load_source()
+    letters_only = letters_only and source.kind == 'texts'
 
-    # ---- source
-    source = load_source(dataset, subset, revision, pack)
-    commits = [source.revision]
-    if val_dataset:
-        at = revision if val_dataset == dataset else ''
-        other = load_source(val_dataset, subset, at, pack, for_val=True)
-        if (source.kind, source.conditional) != (other.kind, other.conditional):
-            raise UserError(f"{dataset} has {source.kind}, {val_dataset} has {other.kind}, or one "
-                            "has conditions and one has not; both must be alike")
-        source = replace(source, val=other.train, references=other.references)
-        commits.append(other.revision)
-    k = max(2, round(1 / val_fraction))
-    source = source if source.val else hold_out(source, k)
-    letters = letters_only and source.kind == 'texts'
-    if letters:
-        source = replace(source, train=partial(only_letters, source.train),
-                         val=partial(only_letters, source.val))
-
-    # ---- tokenizer, bins, encoder: in a folder of another name until all is there
+    # in a folder of another name until all is there
     folder = os.path.join(data_dir, f'.{name}.tmp-{os.getpid()}')
     try:
-        remove_leftovers(data_dir, name)
         os.makedirs(folder)
-        tok = find_tokenizer(tokenizer, folder, source, token_level, vocab_size)
+        tok = find_tokenizer(folder, source)
         text_encoder = load_encoder(encoder, len(tok)) if encoder else None
         dtype = 'uint16' if len(tok) <= 65536 else 'uint32'
-        rows, tokens, longest = write_splits(folder, source, tok, dtype, pack, max_length)
-        empty = [split for split in rows if not rows[split]]
-        if empty:
-            hint = "; --letters_only=false keeps more than a-z" if letters else ""
-            hint += f"; --pack=texts needs {END_OF_TEXT} in a .txt" if pack == 'texts' else ""
-            raise UserError(f"{dataset} is too little: no rows for {' and '.join(empty)}; "
-                            f"give some 5,000 characters or {k} rows{hint}")
-        if source.conditional:      # for eval.py's BLEU and ROUGE
-            write_references(folder, source)
-        if not encoder:
-            path = os.path.join(folder, 'encoder')
-            made = dict(dir=folder, dtype=dtype, vocab_size=len(tok))
-            save_own_encoder(path, made, encoder_dim, encoder_layers, seed)
-            text_encoder = load_encoder(path, len(tok))
+        rows, tokens, longest = write_splits(folder, source, tok, dtype)
+        if len(source.columns) == 2:
+            write_references(folder, source, tok)
         meta = dict(format=1, dtype=dtype, tokenizer=tokenizer or 'tokenizer', vocab_size=len(tok),
                     pad_id=tok.pad_token_id, eos_id=tok.eos_token_id, encoder=encoder or 'encoder',
-                    latent_dim=text_encoder.latent_dim, conditional=source.conditional,
-                    max_length=max(longest.values()), rows=rows, tokens=tokens,
-                    checksums=checksums(folder),
+                    conditional=len(source.columns) == 2, max_length=max(longest.values()),
+                    rows=rows, tokens=tokens,
                     source=dict(dataset=dataset, val_dataset=val_dataset, subset=subset,
-                                revision=commits, kind=source.kind, pack=pack,
-                                letters_only=letters))
+                                columns=source.columns, revision=source.commits, kind=source.kind,
+                                pack=pack, letters_only=letters_only))
+        if not encoder:
+            path = os.path.join(folder, 'encoder')
+            save_encoder(path, dict(meta, dir=folder), encoder_dim, encoder_layers, seed)
+            text_encoder = load_encoder(path, len(tok))
         mean, std = measured = measure_latents(text_encoder, dict(meta, dir=folder))
         if latent_std:
             mean, std = latent_mean, latent_std
         elif encoder in ('t5-small', 'google-t5/t5-small'):
             mean, std = 0.0, 0.2
-        meta.update(latent_mean=mean, latent_std=std)
+        meta.update(latent_dim=text_encoder.latent_dim, latent_mean=mean, latent_std=std,
+                    checksums=checksums(folder))
         with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
             json.dump(meta, f, indent=1)
-        swap_in(folder, data_dir, name)
+        swap_in(folder)
     except OSError as e:
         raise UserError(f"could not write {os.path.join(data_dir, name)}: {e.strerror or e}; "
                         "what was there before is intact") from None
@@ -821,9 +719,9 @@ if __name__ == '__main__':
         shutil.rmtree(folder, ignore_errors=True)
 
     meta = open_bins(data_dir, name)
-    describe(meta, tok, longest)
+    show(meta, tok, longest)
     print(f"tokenizer: {tokenizer or token_level}, {len(tok)} ids; "
           f"encoder: {encoder or 'untrained'}, {text_encoder.latent_dim} wide")
     print(f"latents: mean {measured[0]:.4f} and std {measured[1]:.4f} measured, "
           f"{mean:.4f} and {std:.4f} used")
-    print(f"next: {next_command(meta, name, known)}")
+    print(f"next: {next_command(meta, asked)}")

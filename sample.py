@@ -8,27 +8,29 @@ Write text: noise at t=0, a few dozen steps along the learned flow, tokens at t=
     python sample.py --init_from=embedded-language-flows/ELF-B-owt-torch --num_samples=4
     python sample.py --init_from=embedded-language-flows/ELF-B-de-en-torch --input="Guten Morgen"
 """
-from configurator import UserError, configure       # first: see there
+from configurator import UserError, configure       # before torch: see there
 
 import os
+import signal
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from parts.checkpoint import make_out_dir
-from parts.data import load_tokenizer, printable, read_inputs, row_seed, write_jsonl
-from parts.device import autocast, compile_in_place, describe, pack_linears, pick_device
 from model import ELF, TextEncoder, velocity
-from parts.page import (MOMENTS, can_redraw, make_frame, make_room, moments, show, write_page,
-                        write_svg)
-from parts.prompt import encode_inputs, read_prompt, text_ids
+from parts.checkpoint import make_out_dir
+from parts.data import batched, load_tokenizer, printable, row_seed, write_jsonl
+from parts.device import autocast, compile_in_place, pack_linears, rank_and_world, start
+from parts.page import (MOMENTS, can_redraw, check_writable, is_right, make_frame, moments, show,
+                        write_page, write_svg)
+from parts.prompt import known_tokens, read_given, text_ids
 
 # -------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); samples.jsonl is written here
 init_from = ''              # instead: a published checkpoint, file, folder or hub id
-num_samples = 8             # texts; with conditions, one for each of them
-input = ''                  # condition of a conditional model (translation, summary)
-input_file = ''             # or many: a .jsonl with 'input' (or 'source') a line
+num_samples = 8             # texts; with conditions, texts for each of them, 1 unless given
+input = ''                  # condition of a conditional model (a text to translate, a number ...)
+input_file = ''             # or many: a .jsonl with 'input' (or 'source') a line, perhaps 'target'
 prompt = ''                 # how each text starts, for a model without conditions: not trained on
                             # prompts, it is shown them as noisy as all else
 infill = ''                 # or a text with holes, "the ___ of": a token for each underscore, 3 or
@@ -54,75 +56,69 @@ compile = False             # torch.compile the network: a minute first, then fa
 
 SAMPLERS = ('ode', 'sde', 'sde_exact')
 GRIDS = ('logit_normal', 'quantile', 'uniform')
+CHOICES = dict(sampler=('', *SAMPLERS), grid=('', *GRIDS))
+AT_LEAST_1 = ('num_samples', 'batch_size', 'steps')
 
 
 def time_grid(steps, schedule, config, generator=None):
     """
     The times a sampler visits: 0, steps - 1 inner ones, 1 -> (steps+1,) float32 on the CPU.
-    'logit_normal' draws them as training does [get_sampling_steps], 'quantile' takes the
-    quantiles of that distribution, 'uniform' even spaces.
+    'logit_normal' draws them as training does [get_sampling_steps], 'quantile' takes the quantiles
+    of that distribution, 'uniform' even spaces.
     """
-    if steps < 1:
-        raise UserError(f"steps={steps}: at least 1 is needed")
+    if steps < 1 or schedule not in GRIDS:
+        raise UserError(f"steps={steps}, grid={schedule!r}: at least 1, one of {', '.join(GRIDS)}")
     if schedule == 'uniform':
         return torch.linspace(0, 1, steps + 1)
     if schedule == 'logit_normal':
         normal = torch.randn(steps - 1, generator=generator).sort().values
-    elif schedule == 'quantile':
-        normal = torch.special.ndtri(torch.arange(1, steps, dtype=torch.float64) / steps).float()
     else:
-        raise UserError(f"grid={schedule!r} is not one of {', '.join(GRIDS)}")
+        normal = torch.special.ndtri(torch.arange(1, steps, dtype=torch.float64) / steps).float()
     inner = torch.sigmoid(config.t_mean + config.t_std * normal)
     return torch.cat((torch.zeros(1), inner, torch.ones(1)))
 
 
-def predict(model, z, x_prev, t, w, cfg, keep):
+def predict(model, z, x_prev, t, w, cfg, known):
     """
-    The clean latent seen from z (B, T, C) at t (B,), and the velocity towards it -> x, v, both
-    (B, T, C). With cfg: guided away from what rows without their condition (where keep (B, T, 1)
-    is) would see.
+    The clean latent x (B, T, C) seen from z at t (B,). With cfg: guided away from what rows without
+    their condition, which stands where known (B, T, 1) is, would see.
     """
-    t_eps = model.config.t_eps
     if cfg == 1:
-        x = model.denoise(z, x_prev, t, w)
-        return x, velocity(x, z, t[:, None, None], t_eps)
-    z = torch.cat((z, torch.where(keep, 0.0, z)))                 # rows with and without, one batch
-    x_prev = torch.cat((x_prev, torch.where(keep, 0.0, x_prev)))
-    t = t.repeat(2)
-    x = model.denoise(z, x_prev, t, w.repeat(2))                                        # (2B, T, C)
-    v_c, v_u = velocity(x, z, t[:, None, None], t_eps).chunk(2)
-    x_c, x_u = x.chunk(2)
-    return x_u + cfg * (x_c - x_u), v_u + cfg * (v_c - v_u)
+        return model.denoise(z, x_prev, t, w)
+    z = torch.cat((z, torch.where(known, 0.0, z)))                # rows with and without, one batch
+    x_prev = torch.cat((x_prev, torch.where(known, 0.0, x_prev)))
+    x_c, x_u = model.denoise(z, x_prev, t.repeat(2), w.repeat(2)).chunk(2)
+    return x_u + cfg * (x_c - x_u)
 
 
 @torch.no_grad()
 def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=None, cond_mask=None,
              step_noise=None, generators=None, watch=None, noisy_cond=False):
     """
-    Follow the flow from noise to data [utils/sampling_utils.py] -> final latent (B, T, C). z (B,
-    T, C) initial noise, already scaled; times (steps+1,) or (B, steps+1), rising from 0 to 1; w,
+    Follow the flow from noise to data [utils/sampling_utils.py] -> final latent (B, T, C).
+
+    z (B, T, C) initial noise, already scaled; times (steps+1,) or (B, steps+1), from 0 up to 1; w,
     cfg numbers. cond (B, T, C), cond_mask (B, T): clean latents of the condition and where they
     stand; with noisy_cond the network sees them as noisy as all else, with fresh noise, so that it
     need not be trained on conditions. SDE noise: step_noise (steps-1, B, T, C) unit normal, else
-    drawn from generators (one a row, on z's device), else from the global one. watch(i, t, z):
-    called with what each step starts from, and the end.
+    drawn from generators (one a row, on z's device), else from the global one. watch(i, t, z) is
+    called with what each step starts from, and with the end.
     """
     if sampler not in SAMPLERS:
         raise UserError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}")
     c, B = model.config, len(z)
-    times = times.to(z).expand(B, -1)                                                 # (B, steps+1)
+    times = times.to(z).expand(B, -1)[..., None, None]                          # (B, steps+1, 1, 1)
     steps = times.shape[1] - 1
-    keep = torch.zeros_like(z[..., :1], dtype=torch.bool)                                # (B, T, 1)
-    keep = keep if cond_mask is None else cond_mask.bool()[..., None]
-    cond = torch.zeros_like(z) if cond is None else cond
+    if cond is None:
+        cond, cond_mask = torch.zeros_like(z), torch.zeros_like(z[..., 0])
+    known = cond_mask.bool()[..., None]                                                  # (B, T, 1)
     w = torch.full((B,), float(w), device=z.device)
-    z, x_prev = torch.where(keep, cond, z), torch.where(keep, cond, 0.0)              # no guess yet
-    if noisy_cond:
-        x_prev = torch.zeros_like(z)
+    z = torch.where(known, cond, z)
+    x_prev = torch.zeros_like(z) if noisy_cond else torch.where(known, cond, 0.0)     # no guess yet
     for i in range(steps):
-        t, t_next = times[:, i], times[:, i + 1]                                            # (B,)
+        t, t_next = times[:, i], times[:, i + 1]                                        # (B, 1, 1)
         if watch:
-            watch(i, t, z)
+            watch(i, t.flatten(), z)
 
         # the SDE steps back towards noise, to the time that matches; the last step is always ODE
         if sampler != 'ode' and i < steps - 1:
@@ -132,18 +128,18 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
             if sampler == 'sde_exact':              # (a (1 - t))^2 + fresh^2 = (1 - a t)^2
                 fresh = ((1 - a) * (1 + a - 2 * a * t)).sqrt()
             t = a * t
-            a, fresh = a[:, None, None], fresh[:, None, None]
-            z = torch.where(keep, cond, a * z + fresh * c.noise_scale * noise)
+            z = torch.where(known, cond, a * z + fresh * c.noise_scale * noise)
         if noisy_cond:
-            s, noise = t[:, None, None], c.noise_scale * randn(z, generators)
-            z = torch.where(keep, s * cond + (1 - s) * noise, z)
+            noise = c.noise_scale * randn(z, generators)
+            z = torch.where(known, t * cond + (1 - t) * noise, z)
 
-        x, v = predict(model, z, x_prev, t, w, cfg, keep)
-        z = torch.where(keep, cond, z + (t_next - t)[:, None, None] * v)
+        x = predict(model, z, x_prev, t.flatten(), w, cfg, known)
+        v = velocity(x, z, t, c.t_eps)
+        z = torch.where(known, cond, z + (t_next - t) * v)
         if c.self_cond_prob:        # a network that was never shown a guess is not fed one
-            x_prev = torch.where(keep, cond, x)
+            x_prev = torch.where(known, cond, x)
     if watch:
-        watch(steps, times[:, -1], z)
+        watch(steps, times[:, -1].flatten(), z)
     return z
 
 
@@ -154,72 +150,66 @@ def randn(z, generators=None):
     return torch.stack([torch.randn(z.shape[1:], generator=g, device=z.device) for g in generators])
 
 
-def decode_logits(model, z, w):
-    """Logits (b, T, V) of a latent (B, T, C), as many rows b at a time as make a gigabyte."""
-    for part in z.split(max(1, 2**28 // (z.shape[1] * model.config.vocab_size))):
-        yield model.decode(part, torch.full((len(part),), float(w), device=z.device))
-
-
 @torch.no_grad()
+def decode(model, z, w):
+    """The most likely token at each position of a latent (B, T, C) -> ids, their p, both (B, T)."""
+    ids, p = [], []
+    # as many rows at a time as make a gigabyte of logits
+    for rows in z.split(max(1, 2**28 // (z.shape[1] * model.config.vocab_size))):
+        logits = model.decode(rows, torch.full((len(rows),), float(w), device=z.device))
+        best = logits.max(dim=-1)
+        ids.append(best.indices)
+        p.append((best.values - logits.logsumexp(dim=-1)).exp())
+    return torch.cat(ids), torch.cat(p)
+
+
 def decode_ids(model, z, w):
-    """Most likely token at each position of a latent: (B, T, C) -> (B, T) int64."""
-    return torch.cat([logits.argmax(-1) for logits in decode_logits(model, z, w)])
+    """The same without p: (B, T, C) -> (B, T)."""
+    return decode(model, z, w)[0]
 
 
-@torch.no_grad()
-def decode_first(model, z, w):
-    """The same of the first 8 rows at most, and how likely each token is -> ids, p, both (8, T)."""
-    logits = next(decode_logits(model, z[:8], w))
-    ids = logits.argmax(-1)
-    return ids, logits.softmax(-1).gather(-1, ids[..., None])[..., 0]
+def read_texts(model, tokenizer, z, w, ids, known):
+    """
+    What latents (B, T, C) say, known_tokens' ids and known beside them -> a pair for each text: its
+    ids, how likely the model finds each.
+    """
+    said, p = decode(model, z, w)
+    texts = []
+    for row, likely, *given in zip(said.cpu(), p.cpu().masked_fill(known, 1.0), ids, known):
+        text, start = text_ids(row, *given, tokenizer, model.config)
+        texts.append((text, likely[start:start + len(text)].tolist()))
+    return texts
 
 
-def sample_texts(model, tokenizer, numbers, batch_size, seed, device, how, inputs=None,
-                 encoder=None, watch=None, prompt=None):
+def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, given=None,
+                 encoder=None, watch=None):
     """
     The texts with these numbers -> rows {'id', 'generated', 'ids'}, with conditions 'input' too,
-    one after the other. Grid, first noise and SDE noise of text i come from (seed, i) alone. how:
-    resolve_sampling's settings and the grid. inputs: all conditions, by number, or prompt: what
-    read_prompt gives, for all texts; encoder: the TextEncoder for them. watch(numbers, i, t,
-    decode): called at each step; decode() -> of the first 8 texts at most (ids, p), two lists as
-    long: what the model would say now, and how likely each token is.
+    one after the other. Grid, first noise and SDE noise of text i come from (seed, i) alone.
+
+    sampling: what resolve_sampling gives. given: of a model with conditions these, as texts by
+    number, of others what read_prompt gives; encoder: the TextEncoder for it. watch(numbers, i, t,
+    z): called with the numbers of a batch at each of its steps, see generate.
     """
-    c = model.config
-    how = dict(how)
-    steps, grid = how.pop('steps'), how.pop('grid')
-    for first in range(0, len(numbers), batch_size):
-        batch = numbers[first:first + batch_size]
+    c, sampling = model.config, dict(sampling)
+    steps, grid = sampling.pop('steps'), sampling.pop('grid')
+    conditions = given if c.max_input_length else None      # else what is given is a prompt
+    for batch in batched(numbers, batch_size):
         seeds = [row_seed(seed, i) for i in batch]
         generators = [torch.Generator(device).manual_seed(s) for s in seeds]
         times = [time_grid(steps, grid, c, torch.Generator().manual_seed(s)) for s in seeds]
-        empty = torch.empty(len(batch), c.max_length, c.latent_dim, device=device)
-        z = c.noise_scale * randn(empty, generators)
-        cond = mask = None
-        if inputs is not None:
-            cond, mask = encode_inputs([inputs[i] for i in batch], tokenizer, encoder, c, device)
-        elif prompt:
-            mask = prompt[1].expand(len(batch), -1).to(device)
-            # what is known is all that the encoder sees
-            cond = encoder(prompt[0].expand(len(batch), -1).to(device), mask, mask)
-
-        def texts_of(ids):
-            masks = [None] * len(ids) if mask is None else mask
-            return [text_ids(row, m, tokenizer, c, prompt) for row, m in zip(ids.cpu(), masks)]
-
-        def look(i, t, z):
-            def decode():
-                ids, p = decode_first(model, z, how['w'])
-                if prompt:
-                    p = p.masked_fill(mask[:len(p)], 1.0)
-                return [(text, row[start:start + len(text)].tolist())
-                        for (text, start), row in zip(texts_of(ids), p)]
-            watch(batch, i, t, decode)
-
+        z = torch.empty(len(batch), c.max_length, c.latent_dim, device=device)
+        z = c.noise_scale * randn(z, generators)
+        ids, known = known_tokens(given, batch, tokenizer, c)
+        mask = known.to(device)         # what is known is all that the encoder sees
+        cond = encoder(ids.to(device), mask, mask) if given else None
         z = generate(model, z, torch.stack(times), cond=cond, cond_mask=mask, generators=generators,
-                     watch=look if watch else None, noisy_cond=bool(prompt), **how)
-        for i, (ids, _) in zip(batch, texts_of(decode_ids(model, z, how['w']))):
-            row = dict(id=i, generated=tokenizer.decode(ids, skip_special_tokens=True), ids=ids)
-            yield row if inputs is None else dict(id=i, input=inputs[i]) | row
+                     watch=watch and partial(watch, batch), noisy_cond=given is not conditions,
+                     **sampling)
+        texts = read_texts(model, tokenizer, z, sampling['w'], ids, known)
+        for i, (ids, _) in zip(batch, texts):
+            row = dict(id=i, input=conditions[i]) if conditions else dict(id=i)
+            yield row | dict(generated=tokenizer.decode(ids, skip_special_tokens=True), ids=ids)
 
 
 def load_model(init_from, out_dir):
@@ -236,80 +226,81 @@ def resolve_sampling(config, steps=-1, sampler='', gamma=-1, w=-1, cfg=-1, grid=
     steps of which it says nothing gamma is 0: so long a step back costs more than it brings.
     """
     given = dict(steps=steps, sampler=sampler, gamma=gamma, w=w, cfg=cfg, grid=grid)
-    own = {k: getattr(config, k) for k in given}
-    given = {k: v for k, v in given.items() if v not in (-1, '')}
-    steps = given.get('steps', own['steps'])
-    if steps < min(8, own['steps']) and steps not in config.by_steps:
+    own = {name: getattr(config, name) for name in given}
+    given = {name: value for name, value in given.items() if value not in (-1, '')}
+    steps = given.get('steps', config.steps)
+    # of its own number of steps by_steps says nothing: there the checkpoint's settings are meant
+    if steps != config.steps and steps in config.by_steps:
+        own |= config.by_steps[steps]
+    elif steps < min(8, config.steps):
         own['gamma'] = 0.0
-    return own | config.by_steps.get(steps, {}) | given
+    return own | given
 
 
 if __name__ == '__main__':
-    given = set()
-    configure(globals(), given=given)
-    for name, value, least in (('num_samples', num_samples, 1), ('batch_size', batch_size, 1),
-                               ('seed', seed, 0), ('trace', trace, 0)):
-        if value < least:
-            raise UserError(f"{name}={value}: must be at least {least}")
-    starts = [name for name in ('input', 'input_file', 'prompt', 'infill') if name in given]
-    if len(starts) > 1:
-        raise UserError(f"{' and '.join(starts)} exclude each other")
-    make_room('html', html)
-    make_room('svg', svg)
-    device, bf16, name = pick_device(device, dtype)
-    model = load_model(init_from, out_dir).to(device)
-    c, source = model.config, init_from or out_dir
-    inputs = encoder = known = None
-    if input or input_file:
-        inputs = [row['input'] for row in read_inputs(input_file)] if input_file else [input]
-        num_samples = len(inputs)
-    if inputs and not c.max_input_length:
-        raise UserError(f"{source} is a model without conditions; drop --input and --input_file")
-    if not inputs and c.max_input_length:
-        raise UserError(f"{source} is a model with conditions; give --input=\"...\" "
-                        "or --input_file=x.jsonl")
-    how = resolve_sampling(c, steps, sampler, gamma, w, cfg, grid)
+    # ---- read what is given ----------------------------------------------------------------------
+    named = set()
+    config = configure(globals(), given=named)
+    if rank_and_world()[1] > 1:
+        raise UserError("sample.py is one process: start it with python; "
+                        "eval.py shares its texts among the ranks of a torchrun")
+    check_writable('html', html)
+    check_writable('svg', svg)
+    device, bf16, about = start(device, dtype)
+    model, source = load_model(init_from, out_dir).to(device), init_from or out_dir
+    c = model.config
     tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
-    if given & {'prompt', 'infill'}:
-        known = read_prompt(prompt or infill, 'infill' in given, tokenizer, c)
-        if how['cfg'] != 1:
-            raise UserError(f"cfg={how['cfg']}: a prompt is no condition to guide with; drop it")
-        print(f"prompt: {known[1].sum()} of {c.max_length} tokens are given")
-    if inputs or known:
-        encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
+    sampling = resolve_sampling(c, steps, sampler, gamma, w, cfg, grid)
+    given, tasks = read_given(config, named, source, tokenizer, c)
+    if sampling['cfg'] != 1 and not c.max_input_length:
+        raise UserError(f"cfg={sampling['cfg']}: {source} has no conditions to guide with, the "
+                        "texts would be the same for twice the work; use --cfg=1")
+    encoder = given and TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
     make_out_dir(out_dir)
-    print(f"device: {describe(device, bf16, name, dtype)}")
-    print("sampling: " + ', '.join(f'{k}={v}' for k, v in how.items()) + f", length {c.max_length}")
-    if not compile or not compile_in_place(model, device):
+    facts = dict(model=source, device=about, seed=seed, length=c.max_length) | sampling
+    print(', '.join(f'{name}: {value}' for name, value in facts.items()))
+    if not compile or not compile_in_place(model, device=device):
         pack_linears(model, bf16)
 
-    frames = []
-    watched = moments(how['steps'], trace or (MOMENTS if html or svg else 0))
+    # ---- sample ----------------------------------------------------------------------------------
+    frames, watched = [], moments(sampling['steps'], trace or (MOMENTS if html or svg else 0))
 
-    def look(numbers, i, t, decode):
+    def take_frame(numbers, i, t, z):
         if numbers[0] == 0 and i in watched:
-            frames.append(make_frame(i, t, decode(), tokenizer))
+            known = known_tokens(given, numbers[:8], tokenizer, c)
+            texts = read_texts(model, tokenizer, z[:8], sampling['w'], *known)
+            frames.append(make_frame(i, t, texts, tasks, tokenizer))
             if trace:
-                show(frames, how['steps'])
+                show(frames, sampling['steps'])
 
-    rows, quiet = [], True if trace and can_redraw() else None
-    with autocast(device, bf16), tqdm(total=num_samples, desc='texts', disable=quiet) as bar:
-        for row in sample_texts(model, tokenizer, range(num_samples), batch_size, seed, device, how,
-                                inputs, encoder, look, known):
-            rows.append(row)
-            bar.update()
-    for row in rows:
-        print(f"--- {row['id']}", *map(printable, row['generated'].split('\n')), sep='\n')
-    file = os.path.join(out_dir, 'samples.jsonl')
-    write_jsonl(file, rows)
-    print(f"{len(rows)} texts in {file}")
+    numbers, rows = range(len(tasks)), []
+    texts = sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, given,
+                         encoder, take_frame)
+    bar = tqdm(texts, total=len(numbers), desc='texts', disable=trace and can_redraw() or None)
+    for name in ('SIGTERM', 'SIGHUP'):      # as Ctrl-C, unless nohup ignores it or Windows lacks it
+        if signal.getsignal(number := getattr(signal, name, signal.SIGTERM)) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
+    try:
+        with autocast(device, bf16):
+            for row in bar:
+                rows.append(row | tasks[row['id']])
+
+    # ---- write, whatever ended it: the texts that are done ---------------------------------------
+    finally:
+        if rows:
+            write_jsonl(os.path.join(out_dir, 'samples.jsonl'), rows)
+            print(f"{len(rows)} of {len(numbers)} texts in {out_dir}/samples.jsonl")
     if html:
-        nfe = how['steps'] * (1 if how['cfg'] == 1 else 2)
-        facts = dict(model=source, seed=seed, device=name, texts=len(rows), length=c.max_length)
-        if known:
-            facts['prompt'] = prompt or infill
-        write_page(html, frames, facts | how | {'NFE (passes per text)': nfe})
+        write_page(html, frames, facts)
         print(f"page: {html}")
     if svg:
         write_svg(svg, frames)
         print(f"picture: {svg}")
+
+    # ---- show ------------------------------------------------------------------------------------
+    for row in rows:
+        head = f"--- {row['id']}" + (f": {printable(row['input'])}" if 'input' in row else '')
+        print(head, *map(printable, row['generated'].split('\n')), sep='\n')
+        if 'target' in row:
+            right = is_right(row['generated'], row['target'])
+            print('right' if right else f"target: {printable(str(row['target']))}")

@@ -1,50 +1,45 @@
 """
 How ELF is trained. The settings below are the published recipe: ELF-B on OpenWebText.
 
-    python train.py config/demo.py                                     # a CPU, minutes
+    python train.py config/numbers.py                                  # a CPU, minutes
     python train.py config/gpu_debug.py                                # one small GPU, minutes
     torchrun --nproc_per_node=8 train.py config/owt_elf_b.py           # one node of 8 GPUs
-    torchrun --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --nproc_per_node=8 \\
-             train.py config/owt_elf_b.py                              # two nodes, on the first
 """
-from configurator import UserError, configure       # first: see there
+from configurator import UserError, configure       # before torch: see there
 
 import copy
-import importlib.util
 import math
-import os
 import signal
 import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
-from operator import itemgetter
+from dataclasses import asdict, fields
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from parts import checkpoint as on_disk
-from parts.data import (check_bins, check_vocabulary, get_rows, load_tokenizer, open_bins,
-                        printable, read_inputs, row_seed, rows_at, to_json, write_jsonl)
-from parts.device import (PEAK_FLOPS, autocast, compile_in_place, describe, gather, join_ranks,
-                          largest, mean_over_ranks, own_device, pick_device, print0, rank_and_world)
-from parts.distill import distill_loss, draw_times, load_teacher
-from eval import describe_val, estimate_loss, plot_losses
+from eval import describe_val, estimate_loss, plot_losses, write_few
 from model import (ELF, SIZES, ELFConfig, TextEncoder, compute_loss, draw, encode_rows,
                    estimate_flops)
+from parts import checkpoint as on_disk
+from parts.data import check_bins, check_vocabulary, get_rows, open_bins, row_seed, rows_at
+from parts.device import (TIME_IS_UP, autocast, compile_in_place, gather, mean_over_ranks,
+                          note_signals, peak_flops, print0, rank_and_world, should_stop, start)
+from parts.distill import distill_loss, draw_student, load_teacher
 from parts.muon import make_optimizer
-from sample import GRIDS, SAMPLERS, resolve_sampling, sample_texts
+from sample import GRIDS, SAMPLERS
 
 # -------------------------------------------------------------------------------------------------
 # input, output
 out_dir = 'out'             # ckpt.pt, metrics.jsonl, samples and loss.png go here
 init_from = 'scratch'       # 'scratch', 'resume' (out_dir's checkpoint), weights: a path or hub id;
                             # 'auto', 'auto:weights': resume if there is one, else start from these
-overwrite = False           # start anew where out_dir has a checkpoint; it stays as old_ckpt.pt
+overwrite = False           # start anew where out_dir has a checkpoint; that moves to old_1 in it
 log_interval = 10           # iterations between log lines
 eval_interval = 1000        # iterations between validations
 eval_iters = 20             # batches of a validation, all ranks; a multiple of 5, the bins of t
@@ -121,40 +116,34 @@ gradient_checkpointing = False      # a third more work, far less memory; ELF-L 
 seed = 42                   # of initial weights, row order and all draws
 
 # -------------------------------------------------------------------------------------------------
-# what is refused
 
-CHOICES = dict(optimizer=('muon', 'adamw'), lr_schedule=('constant', 'cosine'),
-               ns_dtype=('float32', 'bfloat16'), pad_token=('pad', 'eos'),
-               sampler=SAMPLERS, grid=GRIDS)
+# configure() sees to these; other numbers start at 0
+CHOICES = dict(optimizer=('muon', 'adamw'), lr_schedule=('constant', 'cosine'), grid=GRIDS,
+               ns_dtype=('float32', 'bfloat16'), pad_token=('pad', 'eos'), sampler=SAMPLERS)
 AT_LEAST_1 = ('batch_size', 'gradient_accumulation_steps', 'max_length', 'max_iters', 'steps',
               'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'max_bad_steps',
               'n_layer', 'n_embd', 'n_head', 'bottleneck', 'n_time', 'n_scale', 'n_mode')
 AT_MOST_1 = ('t_eps', 'self_cond_prob', 'decoder_prob', 'drop_cond_prob', 'ema_decay')
-MAY_BE_NEGATIVE = ('t_mean', 'decoder_mean', 'gamma', 'w', 'cfg')
-TIME_IS_UP = 1000           # a reason to stop, beside the numbers of signals
+ABOVE_0 = ('t_eps', 'w_min', 'noise_scale', 'decoder_noise_scale')
+MAY_BE_NEGATIVE = ('t_mean', 'decoder_mean')
+# and what each of these needs to be read at all
+READ_WITH = dict(
+    distill_steps='teacher', distill_substeps='teacher', cfg='max_input_length',
+    drop_cond_prob='max_input_length', ns_dtype='optimizer=muon', weight_decay='optimizer=adamw',
+    min_lr='lr_schedule=cosine', wandb_project='wandb_log')
 
 
-def check(config, world):
-    """UserError for settings that make no sense, alone or together."""
-    for name, value in config.items():
-        if value not in CHOICES.get(name, (value,)):
-            allowed = ', '.join(map(repr, CHOICES[name]))
-            raise UserError(f"{name}={value!r} is not one of {allowed}")
-        low, high = int(name in AT_LEAST_1), 1 if name in AT_MOST_1 else math.inf
-        if not isinstance(value, str) and name not in MAY_BE_NEGATIVE and not low <= value <= high:
-            raise UserError(f"{name}={value}: must lie between {low} and {high}")
+def check(world):
+    """UserError for settings that make no sense together."""
     if n_embd % n_head or n_embd // n_head % 2:
         raise UserError(f"n_embd={n_embd} does not split into n_head={n_head} heads of even width")
     if w_min > w_max:
         raise UserError(f"w_min={w_min} must not exceed w_max={w_max}")
     if gradient_accumulation_steps % world:
-        raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} micro-batches "
-                        f"do not divide over {world} ranks; give a multiple of {world}")
+        raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} does not "
+                        f"divide over {world} ranks; give a multiple of {world}")
     if keep_interval % save_interval:
-        raise UserError(f"keep_interval={keep_interval} must be a multiple of "
-                        f"save_interval={save_interval}")
-    if wandb_log and importlib.util.find_spec('wandb') is None:
-        raise UserError("wandb_log=True, but wandb is not installed; pip install wandb, or drop it")
+        raise UserError(f"{keep_interval=} must be a multiple of {save_interval=}")
 
 
 def get_lr(i, config):
@@ -170,15 +159,12 @@ def get_lr(i, config):
 
 if __name__ == '__main__':
     config, started = configure(globals()), time.time()
-
-    # ---- ranks, device, precision ---------------------------------------------------------------
     rank, world = rank_and_world()
-    master = rank == 0
-    device, bf16, device_name = pick_device(own_device(device), dtype)
-    ctx = autocast(device, bf16)
+    check(world)
+    device, bf16, about = start(device, dtype)
+    master, ctx = rank == 0, autocast(device, bf16)
 
     # ---- data, and what follows from it ---------------------------------------------------------
-    check(config, world)
     meta = open_bins(data_dir, dataset, verify_data)
     check_bins(meta, config)
     micro_steps = gradient_accumulation_steps // world
@@ -187,50 +173,34 @@ if __name__ == '__main__':
     max_iters = max(1, int(max_epochs * epoch)) if max_epochs else max_iters
     warmup_iters = int(warmup_epochs * epoch) if warmup_epochs else warmup_iters
     learning_rate = learning_rate or 0.001 * rows_per_step / 256
-    config |= dict(max_iters=max_iters, warmup_iters=warmup_iters, learning_rate=learning_rate)
-    text_encoder = TextEncoder(meta['encoder'], meta['latent_mean'], meta['latent_std']).to(device)
-    if text_encoder.latent_dim != meta['latent_dim']:
-        raise UserError(f"encoder {meta['encoder']} is {text_encoder.latent_dim} wide, "
-                        f"{meta['dir']} was made with one of {meta['latent_dim']}")
-    model_args = {f.name: config[f.name] for f in fields(ELFConfig) if f.name in config}
-    for k in ('vocab_size', 'latent_dim', 'encoder', 'tokenizer', 'latent_mean', 'latent_std'):
-        model_args[k] = meta[k]
+    # what a checkpoint keeps and a resume compares: the settings, what ran them, the bins
+    config |= dict(max_iters=max_iters, warmup_iters=warmup_iters, learning_rate=learning_rate,
+                   ranks=world, device=device.type, bf16=bf16, bins=on_disk.fingerprint(meta))
 
     # ---- where to start: the first rank decides, all must find the same -------------------------
-    host_group = join_ranks(device)
-    launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
     if master:
-        init_from = on_disk.where_to_start(init_from, out_dir, overwrite, launch)
-    init_from = gather(init_from, host_group)[0]
-    iter_num, ckpt, path, notes = 0, None, '', []
-    layout = dict(ranks=world, device=device.type, bf16=bf16, compile=compile)
+        init_from = on_disk.where_to_start(init_from, out_dir, overwrite)
+    init_from = gather(init_from)[0]
+    iter_num, path, ckpt, notes, sizes = 0, '', None, [], {}
     if init_from == 'resume':
         path, ckpt = on_disk.newest_checkpoint(out_dir)
-        found = gather((os.path.basename(path), ckpt['iter_num']), host_group)
-        if len(set(found)) > 1:
-            raise UserError(f"the ranks see different checkpoints in {out_dir}: {found}; "
-                            "it must be one folder that all of them share")
-        notes = on_disk.check_resume(path, ckpt, config, meta, layout)
-        lr_was, lr = get_lr(ckpt['iter_num'], ckpt['config']), get_lr(ckpt['iter_num'], config)
-        if lr_was != lr:
-            notes.append(f"the learning rate jumps from {lr_was:.2e} to {lr:.2e}: max_iters was "
-                         f"{ckpt['config']['max_iters']}, now {max_iters}")
+        iter_num, sizes, weights = ckpt['iter_num'], ckpt['model_args'], ckpt['model']
+        notes = on_disk.check_resume(path, ckpt, config)
+    elif init_from != 'scratch':
+        model = ELF.from_pretrained(init_from)
+        check_vocabulary(meta, model.config, init_from)
+        sizes, weights = asdict(model.config), model.state_dict()
 
     # ---- model, average, optimizer --------------------------------------------------------------
     torch.manual_seed(seed)
-    if ckpt:
-        sampling = {k: config[k] for k in ('sampler', 'steps', 'gamma', 'w', 'cfg', 'grid')}
-        raw_model = ELF(ELFConfig(**ckpt['model_args'] | sampling))
-    elif init_from == 'scratch':
-        raw_model = ELF(ELFConfig(**model_args))
-    else:       # sizes are the checkpoint's, all else is this run's
-        raw_model = ELF.from_pretrained(init_from)
-        check_vocabulary(meta, raw_model.config, init_from)
-        own = {k: v for k, v in model_args.items() if k not in SIZES}
-        raw_model.config = replace(raw_model.config, **own)
-    c = raw_model.config
-    raw_model.to(device).train()
-    raw_model.gradient_checkpointing = gradient_checkpointing
+    from_bins = ('vocab_size', 'latent_dim', 'encoder', 'tokenizer', 'latent_mean', 'latent_std')
+    c = ELFConfig(**{f.name: config[f.name] for f in fields(ELFConfig) if f.name in config}
+                  | {name: meta[name] for name in from_bins}
+                  | {name: sizes[name] for name in SIZES if sizes})     # of the weights, if any
+    raw_model = ELF(c)
+    if sizes:
+        raw_model.load_state_dict(weights)
+    raw_model.to(device).gradient_checkpointing = gradient_checkpointing
     ema = copy.deepcopy(raw_model).eval().requires_grad_(False)
     params = list(raw_model.parameters())
     if optimizer == 'muon':
@@ -238,84 +208,53 @@ if __name__ == '__main__':
     else:
         opt = torch.optim.AdamW(params, learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
     if ckpt:
-        iter_num = ckpt['iter_num']
-        raw_model.load_state_dict(ckpt['model'])
         ema.load_state_dict(ckpt['ema'])
         opt.load_state_dict(ckpt['optimizer'])
+    ckpt = weights = None       # their memory
+    text_encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
+    objective, draw_step, networks = compute_loss, draw, [raw_model, text_encoder]
     if teacher:
-        teacher_net = load_teacher(config, meta, init_from).to(device)
-    compiled = compile and compile_in_place(raw_model, device)
-    for module in (text_encoder, *([teacher_net] if teacher else [])):
-        if compiled:
-            module.compile(dynamic=False)
+        networks.append(load_teacher(config, meta, init_from).to(device))
+        objective = partial(distill_loss, networks[-1], distill_steps)
+        draw_step = partial(draw_student, distill_substeps)
+    compiled = compile and compile_in_place(*networks, device=device)
     net = raw_model
-    if host_group:
+    if world > 1:
         # no buffers to broadcast: a rank whose rows need no first guess skips that pass alone
-        ids = [device] if device.type == 'cuda' else None
-        net = DistributedDataParallel(raw_model, device_ids=ids, forward_sync_buffers=False)
+        net = DistributedDataParallel(raw_model, forward_sync_buffers=False,
+                                      gradient_as_bucket_view=True)
 
-    # ---- say what was decided -------------------------------------------------------------------
-    n_rows, n_tokens = meta['rows']['train'], meta['tokens']['train']
+    # ---- say what was decided, begin to write ---------------------------------------------------
+    n_rows = meta['rows']['train']
     groups = ', '.join(f"{sum(p.numel() for p in g['params']):,} with {g.get('name', 'adamw')}"
                        for g in opt.param_groups)
-    print0(f"device: {describe(device, bf16, device_name, dtype)}, ranks: {world}, "
-           f"compile {'on' if compiled else 'off'}")
+    print0(f"device: {about}, ranks: {world}, compile {'on' if compiled else 'off'}")
     print0(f"model: {c.n_layer} layers of {c.n_embd}, {c.n_head} heads; parameters: {groups}")
-    print0(f"data: {meta['dir']}, {n_rows:,} rows, {n_tokens:,} tokens; encoder {meta['encoder']}, "
-           f"latents {c.latent_dim} wide, mean {c.latent_mean:.3f}, std {c.latent_std:.3f}")
+    print0(f"data: {meta['dir']}, {n_rows:,} rows; encoder {c.encoder}, {c.latent_dim} wide")
     print0(f"step: {batch_size} rows * {gradient_accumulation_steps} micro-batches = "
            f"{rows_per_step} rows, {rows_per_step * max_length:,} tokens; {max_iters} iterations = "
            f"{max_iters * rows_per_step / n_rows:.2f} epochs, {warmup_iters} of warm-up, "
            f"peak lr {learning_rate:.2e}")
-    print0(f"start: {f'resumed {path} at iteration {iter_num}' if ckpt else init_from}")
-    for note in notes:
-        print0('  ' + note)
-    if host_group:
-        print0("stop: SIGTERM saves and stops; torchrun kills a save that takes longer than its "
-               "--shutdown-timeout, 30 s unless you say otherwise")
-
-    # ---- files ----------------------------------------------------------------------------------
-    inputs = None
-    if sample_interval:
-        tok = load_tokenizer(c.tokenizer)
-        if max_input_length:
-            inputs = [row['input'] for row in read_inputs(os.path.join(meta['dir'], 'val.jsonl'))]
-    if master:
-        lock, metrics = on_disk.begin_run(out_dir, path, dict(
-            config=config, model_args=asdict(c), launch=launch, command=sys.argv,
-            torch=torch.__version__, python=sys.version))
-        if wandb_log:
-            import wandb
-            wandb.init(project=wandb_project, name=out_dir, config=config)
-    del ckpt
-
-    def log(**numbers):
-        if master:
-            metrics.write(to_json(numbers) + '\n')
-            if wandb_log:
-                wandb.log(numbers, step=numbers['iter'])
+    begin = f'resumed {path} at iteration {iter_num}' if path else init_from
+    print0(f"start: {begin}", *notes, sep='\n  ')
+    lock, log, model_args = on_disk.begin_run(out_dir, path, config, c)
 
     def next_batch(iter_num, micro_step):
-        """Rows and draws of a micro-batch. They follow from its number alone, so that a resumed
-        run, or one on another number of ranks, sees the same."""
+        """Rows and draws, by a micro-batch's number alone: the same resumed, or on more ranks."""
         number = iter_num * gradient_accumulation_steps + micro_step * world + rank
         rows = rows_at(n_rows, seed, number * batch_size, batch_size)
-        generator = torch.Generator().manual_seed(row_seed(seed, number))
         batch = get_rows(meta, 'train', rows, c)
         if device.type == 'cuda':
             batch = [a.pin_memory() for a in batch]
-        draws, times = draw(c, batch_size, max_length, generator, device), None
-        if teacher:
-            times = draw_times(c, draws.t, distill_steps, distill_substeps, generator)
-        return batch, draws, times
+        generator = torch.Generator().manual_seed(row_seed(seed, number))
+        return batch, draw_step(c, batch_size, max_length, generator, device)
 
     def validate():
         with ctx:
-            distill = (teacher_net, distill_steps, distill_substeps) if teacher else None
             val = estimate_loss(raw_model, text_encoder, meta, eval_iters, batch_size, device,
-                                rank, world, distill)
+                                objective, draw_step)
         bar.clear()
-        print0(f"iter {iter_num}: {describe_val(val, c)}", flush=True)
+        print0(f"iter {iter_num}: {describe_val(val)}", flush=True)
         log(iter=iter_num, **{'val_' + k: v for k, v in val.items()})
 
     def save():
@@ -324,34 +263,24 @@ if __name__ == '__main__':
         if master:
             keep = keep_interval and iter_num % keep_interval == 0
             on_disk.save_checkpoint(out_dir, dict(
-                config=config, model_args=asdict(c), layout=layout, data=on_disk.fingerprint(meta),
-                model=raw_model.state_dict(), ema=ema.state_dict(), optimizer=opt.state_dict(),
-                iter_num=iter_num, rows_seen=iter_num * rows_per_step),
-                keep_as=f'ckpt_{iter_num}.pt' if keep else '')
-
-    def should_stop():
-        """The number of a signal that any rank got, or TIME_IS_UP, or 0; the same on every rank."""
-        late = max_minutes and time.time() - started > 60 * max_minutes
-        reason = on_disk.signals[0] if on_disk.signals else TIME_IS_UP if late else 0
-        return largest(reason, host_group)
+                config=config, model_args=model_args, model=raw_model.state_dict(),
+                ema=ema.state_dict(), optimizer=opt.state_dict(), iter_num=iter_num,
+                rows_seen=iter_num * rows_per_step), keep_as=f'ckpt_{iter_num}.pt' if keep else '')
 
     def due(interval):
         return interval and (iter_num % interval == 0 or iter_num == max_iters)
 
     # ---- the loop -------------------------------------------------------------------------------
     flops = estimate_flops(c, max_length) * rows_per_step / world
-    peak = next((v for k, v in PEAK_FLOPS.items() if k in device_name and bf16), None)
-    peak = None if teacher else peak        # its passes are not estimated
-    bar = tqdm(total=max_iters, initial=iter_num, desc='training', unit='it',
-               disable=None if master else True)
-    saved = iter_num if init_from == 'resume' else -1
-    stopped, bad_steps, step_seconds = 0, 0, []
-    on_disk.note_signals()
-    if init_from != 'resume':
+    peak = None if teacher else peak_flops(about)       # a teacher's passes are not estimated
+    bar = tqdm(total=max_iters, initial=iter_num, desc='training', disable=None if master else True)
+    saved, stopped, bad_steps, step_seconds = iter_num if path else -1, 0, 0, []
+    note_signals()
+    if not path:
         validate()
     loader = ThreadPoolExecutor(1)
     batch = loader.submit(next_batch, iter_num, 0)
-    while iter_num < max_iters and not (stopped := should_stop()):
+    while iter_num < max_iters and not (stopped := should_stop(started, max_minutes)):
         t0 = time.perf_counter()
         lr = get_lr(iter_num, config)
         for group in opt.param_groups:
@@ -361,16 +290,12 @@ if __name__ == '__main__':
         losses = defaultdict(list)
         for micro_step in range(micro_steps):
             # must hold forward and backward, else DDP reduces in every micro-step all the same
-            accumulate = host_group and micro_step < micro_steps - 1
-            with net.no_sync() if accumulate else nullcontext():
-                rows, draws, times = batch.result()
+            last = world == 1 or micro_step == micro_steps - 1
+            with nullcontext() if last else net.no_sync():
+                rows, draws = batch.result()
                 with ctx:
                     x0, ids, loss_mask, cond = encode_rows(text_encoder, rows, draws, c, device)
-                    if teacher:
-                        loss, parts = distill_loss(net, teacher_net, x0, ids, loss_mask, cond,
-                                                   draws, times)
-                    else:
-                        loss, parts = compute_loss(net, x0, ids, loss_mask, cond, draws)
+                    loss, parts = objective(net, x0, ids, loss_mask, cond, draws)
                 batch = loader.submit(next_batch, iter_num, micro_step + 1)     # meanwhile
                 (loss / micro_steps).backward()
             for name, value in dict(loss=loss.detach(), **parts).items():
@@ -398,7 +323,7 @@ if __name__ == '__main__':
 
         # report, validate, save, sample
         if due(log_interval):
-            x = mean_over_ranks(losses, host_group)     # reads the losses, which waits for the GPU
+            x = mean_over_ranks(losses)         # reads the losses, which waits for the GPU
             parts = ', '.join(f"{k} {v:.4f}" for k, v in x.items() if k != 'loss')
             seconds = sum(step_seconds) / len(step_seconds)
             speed = rows_per_step * max_length / seconds
@@ -416,15 +341,9 @@ if __name__ == '__main__':
         if due(save_interval):
             save()
         if due(sample_interval):
-            numbers = range(min(4, len(inputs)) if inputs else max(4, world))[rank::world]
-            with ctx:
-                texts = list(sample_texts(ema, tok, numbers, 4, seed, device, resolve_sampling(c),
-                                          inputs, text_encoder))
-            texts = sorted(sum(gather(texts, host_group), []), key=itemgetter('id'))
             bar.clear()
-            print0(f"iter {iter_num}: sampled | {printable(texts[0]['generated'])[:120]}")
-            if master:
-                write_jsonl(os.path.join(out_dir, f'samples_{iter_num}.jsonl'), texts)
+            with ctx:
+                write_few(ema, text_encoder, meta, f'{out_dir}/samples_{iter_num}.jsonl', seed)
 
     # ---- the end --------------------------------------------------------------------------------
     bar.close()
@@ -445,9 +364,9 @@ if __name__ == '__main__':
     else:
         print0(f"done: {out_dir}/ckpt.pt, metrics.jsonl, loss.png; "
                f"next: python sample.py --out_dir={out_dir} --trace=8")
-    if host_group:
+    if world > 1:
         dist.destroy_process_group()
-    if master:
+    if lock:
         lock.close()
     if 0 < stopped < TIME_IS_UP:
         sys.exit(128 + stopped)     # as shells have it

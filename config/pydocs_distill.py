@@ -1,5 +1,5 @@
-# The prose of config/pydocs.py in few steps: one round of distillation straight to four, from its own
-# weights. What it does not say is that file's, which comes first:
+# The prose of config/pydocs.py in few steps: one round of distillation straight to four, from its
+# own weights. What it does not say is that file's, which comes first:
 #
 #   python train.py config/pydocs.py config/pydocs_distill.py
 #   python sample.py --out_dir=out/pydocs_4

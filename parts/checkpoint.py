@@ -2,22 +2,26 @@
 What lies on disk with weights in it: our checkpoints and runs, and where those of others are found.
 
 ckpt.pt and the one before it, ckpt_prev.pt, are written whole or not at all and hold all that a run
-needs to go on, in tensors and plain types only.
+needs to go on, in tensors and plain types only. A tokenizer and an encoder that are no names on the
+hub lie beside them, in tokenizer/ and encoder/, so that the folder can be moved and used anywhere.
 """
+import filecmp
 import glob
 import json
 import os
 import re
 import shutil
-import signal
+import sys
 import tempfile
-import time
 import zipfile
+from dataclasses import asdict, replace
 
 import torch
 
-from configurator import UserError, from_hub, one_line
+from parts import device
+from parts.data import sha256, to_json
 from parts.official import from_official_names, read_config_yml, read_sizes
+from parts.process import UserError, from_hub, one_line
 
 # -------------------------------------------------------------------------------------------------
 # ours: whole or not at all
@@ -49,19 +53,19 @@ def lock(out_dir):
 
 def save_checkpoint(out_dir, ckpt, keep_as=''):
     """Write out_dir/ckpt.pt; the one before stays as ckpt_prev.pt; keep_as: a name for a copy."""
-    global saving
     path, kept = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, keep_as)
-    saving = True       # see note_signals
+    device.saving = True
     try:
         with open(path + '.tmp', 'wb') as f:
             torch.save(ckpt, f)
             f.flush()
             os.fsync(f.fileno())
-        if os.path.exists(path):
+        if os.path.lexists(path):
             before = 'ckpt_prev.pt'
-            if damage(path):        # it must not replace the good one from which the run went on
+            if path in damaged:     # it must not replace the good one from which the run went on
                 before = 'damaged_ckpt.pt'
-                print(f"{path} is damaged ({damage(path)}); it is {before} now")
+                damaged.remove(path)
+                print(f"{path} is damaged; it is {before} now")
             os.replace(path, os.path.join(out_dir, before))
         os.replace(path + '.tmp', path)
         if keep_as:
@@ -74,19 +78,24 @@ def save_checkpoint(out_dir, ckpt, keep_as=''):
         raise UserError(f"could not write {path}: {str(e).splitlines()[0]}; "
                         "what was there before is intact") from None
     finally:
-        saving = False
+        device.saving = False
+
+
+damaged = set()     # paths that newest_checkpoint skipped; the next save moves them aside
 
 
 def newest_checkpoint(out_dir):
-    """The newest readable checkpoint that a run can go on from -> path, dict. UserError if none."""
+    """The newest whole checkpoint that a run can go on from -> path, dict. UserError if none."""
     for name in ('ckpt.pt', 'ckpt_prev.pt'):
         path = os.path.join(out_dir, name)
-        if not os.path.exists(path):
+        if not os.path.lexists(path):
             continue
+        check_readable(path)
         try:
             ckpt = load_checkpoint(path)
         except UserError as e:
             print(f"SKIPPED: {e}")
+            damaged.add(path)
             continue
         needed = {'model', 'ema', 'optimizer', 'config', 'model_args', 'iter_num'}
         if not needed <= ckpt.keys():
@@ -97,18 +106,26 @@ def newest_checkpoint(out_dir):
                     "start with --init_from=scratch")
 
 
-def damage(path):
-    """Read a zip of torch.save's against its checksums -> what is wrong with it, '' if nothing."""
+def check_readable(path):
+    """UserError if a file or folder cannot be opened: no permission, a link to nothing."""
     try:
-        with zipfile.ZipFile(path) as z:
-            for part in z.infolist():
-                # where one flipped bit says "folder" or "compressed", torch reads noise
-                if part.compress_type or part.external_attr or part.file_size != part.compress_size:
-                    return f"the entry of {part.filename}"
-            bad = z.testzip()
-            return f"the checksum of {bad}" if bad else ''
-    except Exception as e:      # a damaged file can raise nearly anything
-        return one_line(e)
+        if os.path.isdir(path):
+            os.listdir(path)
+        else:
+            open(path, 'rb').close()
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+
+
+def check_checksums(path):
+    """Read a zip of torch.save's against its checksums. ValueError, or whatever zipfile raises."""
+    with zipfile.ZipFile(path) as z:
+        for part in z.infolist():
+            # where one flipped bit says "folder" or "compressed", torch reads noise
+            if part.compress_type or part.external_attr or part.file_size != part.compress_size:
+                raise ValueError(f"the entry of {part.filename} is damaged")
+        if bad := z.testzip():
+            raise ValueError(f"the checksum of {bad} does not fit")
 
 
 def load_checkpoint(path):
@@ -117,8 +134,8 @@ def load_checkpoint(path):
         if path.endswith('.safetensors'):
             from safetensors.torch import load_file
             return load_file(path)
-        if zipfile.is_zipfile(path) and damage(path):       # torch.load itself does not check
-            raise ValueError(f"{damage(path)} is damaged")
+        if zipfile.is_zipfile(path):        # torch.load reads on past a wrong checksum
+            check_checksums(path)
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:      # unpickling a damaged file can raise nearly anything
         reason = one_line(e).split('. ')[0]     # torch goes on to advise how to run it
@@ -133,15 +150,22 @@ def load_checkpoint(path):
 # -------------------------------------------------------------------------------------------------
 # a run: where it starts, what it may change, how it ends
 
-# a resumed run may change what touches at most the order of sums, and max_iters on purpose
+# a resumed run may change max_iters on purpose, what is only seen or saved, and where it runs
 MAY_CHANGE_ON_RESUME = (
     'out_dir', 'init_from', 'overwrite', 'log_interval', 'eval_interval', 'eval_iters',
     'save_interval', 'keep_interval', 'sample_interval', 'wandb_log', 'wandb_project', 'data_dir',
-    'verify_data', 'max_iters', 'max_minutes', 'max_bad_steps', 'max_epochs', 'device', 'compile',
-    'gradient_checkpointing', 'sampler', 'steps', 'gamma', 'w', 'cfg', 'grid')
+    'verify_data', 'max_iters', 'max_minutes', 'max_bad_steps', 'max_epochs', 'dtype',
+    'gradient_checkpointing', 'sampler', 'steps', 'gamma', 'w', 'cfg', 'grid', 'bins')
+# these too, but then sums are in another order, and it is not the same bit for bit
+ORDER_OF_SUMS = ('ranks', 'device', 'bf16', 'compile', 'batch_size', 'gradient_accumulation_steps')
 
 
-def where_to_start(init_from, out_dir, overwrite, launch):
+def launch():
+    """What the processes of one torchrun share, over all its restarts."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
+
+
+def where_to_start(init_from, out_dir, overwrite):
     """Decide what init_from means here -> 'scratch', 'resume' or weights. Work is never lost."""
     names = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt')]
     there = [name for name in names if os.path.exists(name)]
@@ -151,7 +175,7 @@ def where_to_start(init_from, out_dir, overwrite, launch):
     settings = os.path.join(out_dir, 'settings.json')
     if there and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.exists(settings):
         with open(settings, encoding='utf-8') as f:
-            if json.load(f).get('launch') == launch:
+            if json.load(f).get('launch') == launch():
                 return 'resume'
     if there and init_from != 'resume' and not overwrite:
         raise UserError(f"{there[0]} is there already; go on with --init_from=resume, "
@@ -160,78 +184,177 @@ def where_to_start(init_from, out_dir, overwrite, launch):
 
 
 def fingerprint(meta):
-    """What of a dataset must be the same when a run goes on."""
-    keys = ('checksums', 'rows', 'vocab_size', 'latent_mean', 'latent_std')
-    return {k: meta.get(k) for k in keys}
+    """What of a dataset must be the same when a run goes on -> flat dict of plain values."""
+    found = {name: meta[name] for name in ('rows', 'vocab_size', 'latent_mean', 'latent_std')}
+    found |= meta['checksums']
+    for part in ('encoder', 'tokenizer'):
+        if not os.path.isdir(meta[part]):
+            found[part] = meta[part]
+            continue
+        for name in ('model.safetensors', 'tokenizer.json', 'spiece.model'):
+            file = os.path.join(meta[part], name)
+            if os.path.exists(file):
+                found[f'{part}/{name}'] = sha256(file)
+    return found
 
 
-def check_resume(path, ckpt, config, meta, layout):
+def check_resume(path, ckpt, config):
     """
     UserError if a run would go on with other mathematics or on other data than its checkpoint's
-    -> list of what else is not as it was, in words.
+    -> list of what else is not as it was, in words. config: settings, what runs them, the bins.
     """
-    differs = []
-    for name, was in ckpt['config'].items():
-        if was == -1:       # of an older version: as in the row of MODELS
-            was = ckpt['model_args'].get(name, was)
-        if name in config and name not in MAY_CHANGE_ON_RESUME and config[name] != was:
-            differs.append(f"{name} was {was!r}, now {config[name]!r}")
-    if differs:
-        raise UserError(f"{path} was trained with other settings: {'; '.join(differs)}; "
+    found = device.gather((os.path.basename(path), ckpt['iter_num']))
+    if len(set(found)) > 1:
+        raise UserError(f"the ranks see different checkpoints in {os.path.dirname(path)}: {found}; "
+                        "it must be one folder that all of them share")
+    data = ckpt.get('data', {})         # it stood apart, as did what ran them, in older versions
+    was = ckpt['config'] | ckpt.get('layout', {})
+    bins = was.get('bins') or data | data.get('checksums', {})
+    now = config['bins']
+    if changed := [name for name in bins if name in now and now[name] != bins[name]]:
+        raise UserError(f"{path} was trained on other bins than those of --dataset="
+                        f"{config['dataset']} now ({', '.join(changed)} differ); prepare them as "
+                        "they were, or start anew")
+    differs = [name for name in was if config.get(name, was[name]) != was[name]]
+    changed = {name: f"{name} was {was[name]!r}, now {config[name]!r}" for name in differs}
+    rows, rows_now = (x['batch_size'] * x['gradient_accumulation_steps'] for x in (was, config))
+    other = [name for name in differs if name not in MAY_CHANGE_ON_RESUME + ORDER_OF_SUMS]
+    if rows != rows_now:
+        other += [name for name in ORDER_OF_SUMS[-2:] if name in differs]
+    if other:
+        raise UserError(f"{path} was trained with other settings: "
+                        f"{'; '.join(changed[name] for name in other)}; "
                         "drop the override or choose another --out_dir")
-    now = fingerprint(meta)
-    if changed := [k for k, was in ckpt.get('data', now).items() if now[k] != was]:
-        raise UserError(f"{path} was trained on other bins than {meta['dir']} holds now "
-                        f"({', '.join(changed)} differ); prepare them as they were, or start anew")
-    was = ckpt.get('layout', layout)
-    changed = [f"{k} was {was[k]}, now {v}" for k, v in layout.items() if was.get(k, v) != v]
-    why = "same rows and draws, but sums in another order, so not bit for bit"
-    return [f"{'; '.join(changed)}: {why}"] if changed else []
+    notes = []
+    if 'max_iters' in differs and config['lr_schedule'] == 'cosine':
+        notes.append(f"{changed['max_iters']}: the cosine of the learning rate jumps")
+    moved = [changed[name] for name in differs if name in ORDER_OF_SUMS]
+    why = "the same rows a step, but sums in another order, so not bit for bit"
+    if 'batch_size' in differs:
+        why += ", and other draws for them"
+    return notes + [f"{'; '.join(moved)}: {why}"] * bool(moved)
 
 
-def begin_run(out_dir, resumed, record):
+def begin_run(out_dir, resumed, config, c):
     """
-    From here on files are written: lock out_dir, move the checkpoints of a run that is not resumed
-    aside, write settings.json -> the lock, metrics.jsonl to append to.
+    From here on files are written: lock out_dir, put the run aside that is not resumed, write
+    settings.json, copy tokenizer and encoder -> the lock; log(iter=.., **numbers), a line of
+    metrics.jsonl and perhaps of Weights & Biases; the model's settings for its checkpoints. Only
+    the first rank writes.
     """
+    if device.rank_and_world()[0]:
+        return None, lambda **numbers: None, None
+    if config['wandb_log']:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("wandb_log=True, but wandb is not installed; pip install wandb, "
+                            "or drop it") from None
     locked = lock(out_dir)
-    for name in ('ckpt.pt', 'ckpt_prev.pt', 'metrics.jsonl'):
-        path = os.path.join(out_dir, name)
-        if not resumed and os.path.exists(path):
-            os.replace(path, os.path.join(out_dir, 'old_' + name))
+    if not resumed:
+        put_aside(out_dir)
+    model_args = asdict(carry(c, out_dir))
     with open(os.path.join(out_dir, 'settings.json'), 'w', encoding='utf-8') as f:
-        json.dump(record, f, indent=1)
+        json.dump(dict(config=config, model_args=model_args, launch=launch(), command=sys.argv,
+                       torch=torch.__version__, python=sys.version), f, indent=1)
     metrics = open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8', buffering=1)
     metrics.write('\n' if resumed else '')      # ends a line that a kill may have cut
-    return locked, metrics
+    if config['wandb_log']:
+        wandb.init(project=config['wandb_project'], name=out_dir, config=config)
+
+    def log(**numbers):
+        metrics.write(to_json(numbers) + '\n')
+        if config['wandb_log']:
+            wandb.log(numbers, step=numbers['iter'])
+    return locked, log, model_args
 
 
-signals = []        # the numbers of those that came
-first_signal = 0.0  # when
-saving = False
+def put_aside(out_dir):
+    """Move the run in out_dir, if there is one, into old_1, old_2, ... in it; nothing is lost."""
+    names = [name for name in os.listdir(out_dir) if name != 'lock'
+             and (name in PARTS or os.path.isfile(os.path.join(out_dir, name)))]
+    number = 1
+    while os.path.exists(old := os.path.join(out_dir, f'old_{number}')):
+        number += 1
+    for name in names:
+        os.renames(os.path.join(out_dir, name), os.path.join(old, name))
+
+# -------------------------------------------------------------------------------------------------
+# whole: a tokenizer and an encoder of one's own lie beside the checkpoint
+
+PARTS = ('tokenizer', 'encoder')
+NOT_CARRIED = dict(encoder=('.*', '*.h5', '*.msgpack'), tokenizer=('.*', '*.bin', '*.safetensors'))
 
 
-def note_signals():
-    """SIGTERM and Ctrl-C ask to stop. A Ctrl-C some seconds later interrupts, but never a save."""
-    global first_signal
-    first_signal = 0.0
+def carry(c, out_dir):
+    """
+    Copy the tokenizer and the encoder that an ELFConfig names into out_dir, if they are folders
+    here, each whole or not at all -> the config that a checkpoint in out_dir holds: it names them
+    'tokenizer' and 'encoder'; hub ids stay. UserError if out_dir has others, of another run.
+    """
+    names = {}
+    for part in PARTS:
+        source, there = getattr(c, part), os.path.join(out_dir, part)
+        if not os.path.isdir(source):
+            continue
+        aside = there + '.tmp'
+        try:
+            shutil.rmtree(aside, ignore_errors=True)        # of a copy that was killed
+            shutil.copytree(source, aside, ignore=shutil.ignore_patterns(*NOT_CARRIED[part]))
+            os.chmod(aside, 0o755)      # the source may be read-only
+            if not os.path.exists(there):
+                os.replace(aside, there)
+            elif any(filecmp.cmpfiles(aside, there, files_in(aside), shallow=False)[1:]):
+                raise UserError(f"{there} is another {part} than {source}; "
+                                "choose another folder, or move it away")
+        except OSError as e:
+            raise UserError(f"cannot copy the {part} {source} to {there}: {one_line(e)}") from None
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        names[part] = part
+    return replace(c, **names)
 
-    def note(number, frame):
-        global first_signal
-        # torchrun and the terminal, or a scheduler, may both send the first one
-        first_signal = first_signal or time.time()
-        again = time.time() - first_signal > 3
-        signals.append(number)
-        if number == signal.SIGINT and again and not saving:
-            raise KeyboardInterrupt
-    signals.clear()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
+
+def files_in(folder):
+    """Paths of all files in a folder, relative to it, as the hub lists those of a repository."""
+    paths = glob.glob('**', root_dir=folder, recursive=True)
+    return [path for path in paths if os.path.isfile(os.path.join(folder, path))]
+
+
+def find_parts(settings, path, ckpt):
+    """
+    Where the tokenizer and the encoder that a run made for itself lie: beside its checkpoint; of
+    older versions of this code, beside the bins, data/<set>/tokenizer -> settings to change.
+    UserError if they are gone, or belong to a set that was prepared again since.
+    """
+    found = {}
+    for part in PARTS:
+        name, beside = settings.get(part, ''), os.path.join(os.path.dirname(path) or '.', part)
+        if not re.fullmatch(f'(.*/.*/)?{part}', name):
+            continue        # a hub id, or a folder that the user named
+        if os.path.isdir(beside):
+            found[part] = beside
+        elif name == part or not os.path.isdir(name):
+            raise UserError(f"{path} needs its {part}, and {name} is not there; copy it from where "
+                            f"the model was trained to {beside}")
+        elif is_prepared_again(os.path.dirname(name), ckpt):
+            raise UserError(f"{path} needs its {part}, but {os.path.dirname(name)} was prepared "
+                            f"again since; if you still have the old one, copy it to {beside}")
+    return found
+
+
+def is_prepared_again(folder, ckpt):
+    """Whether a set has other bins than those of a checkpoint, as far as both are known."""
+    try:
+        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
+            return json.load(f)['checksums'] != ckpt['data']['checksums']
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 # -------------------------------------------------------------------------------------------------
 # where: a file, a folder, the hub
 
-# names of checkpoints, first choice first; not old_ckpt.pt, of a run that was overwritten
+# names of checkpoints, first choice first
 KINDS = (r'checkpoint_\d+', r'ckpt\.pt', r'ckpt_prev\.pt', r'.*\.safetensors',
          r'last\.ckpt', r'.*step=?\d+.*\.ckpt', r'.*\.ckpt')
 
@@ -242,13 +365,19 @@ def step_in(name):
     return int(found[1]) if found else 0
 
 
-def choose(names, where):
-    """The first choice among names of files; of several steps the largest. UserError if none is."""
+def choose(names, inside, source):
+    """
+    The first choice of KINDS among names of files in the folder inside, '' for all; of several
+    steps the largest. A name that is inside itself is taken, whatever it is. UserError.
+    """
+    names = {name.removesuffix('/_METADATA') for name in names}     # an Orbax folder is one name
+    if inside in names:
+        return inside
+    names = [n for n in sorted(names) if not inside or n.startswith(f'{inside}/')]
     for kind in KINDS:
-        found = [name for name in sorted(names) if re.fullmatch(kind, os.path.basename(name))]
-        if found:
+        if found := [n for n in names if re.fullmatch(kind, os.path.basename(n))]:
             return max(found, key=step_in)
-    raise UserError(f"no checkpoint in {where}: expected checkpoint_<step>, ckpt.pt, "
+    raise UserError(f"no checkpoint in {source}: expected checkpoint_<step>, ckpt.pt, "
                     "a .safetensors or a .ckpt file")
 
 
@@ -258,42 +387,44 @@ def find_checkpoint(source):
     file, or an Orbax folder. What is named exactly is taken, whatever it is called; in a folder or
     repository, see KINDS. Paths here come before hub ids. UserError if there is nothing.
     """
-    if os.path.isfile(source) or is_orbax(source):
-        return source
-    if os.path.isdir(source):
-        paths = [os.path.join(source, name) for name in os.listdir(source)]
-        return choose([p for p in paths if os.path.isfile(p) or is_orbax(p)], source)
-    parts = source.split('/')
-    if len(parts) < 2 or not all(parts) or source[0] in './~':
+    if os.path.lexists(source):
+        check_readable(source)
+        if not os.path.isdir(source) or is_orbax(source):
+            return source
+        paths = {name: os.path.join(source, name) for name in os.listdir(source)}
+        names = [n for n, path in paths.items() if not os.path.isdir(path) or is_orbax(path)]
+        path = paths[choose(names, '', source)]
+        check_readable(path)
+        return path
+    repo = re.fullmatch(r'(\w[^/]*/[^/]+)(?:/(.*[^/]))?', source)
+    if not repo:
         raise UserError(f"{source!r} is no file or folder here, and no hub id (org/repo); "
                         "nothing to load")
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    repo, inside = '/'.join(parts[:2]), '/'.join(parts[2:])
-    try:
-        with from_hub('no checkpoint', source):
-            names = HfApi().list_repo_files(repo)
-    except UserError as refused:        # no network: what the cache has of it, if anything
-        try:        # [] asks for no file, only for the folder
-            folder = snapshot_download(repo, allow_patterns=[], local_files_only=True)
-            names = glob.glob('**', root_dir=folder, recursive=True)
-            names = [n for n in names if os.path.isfile(os.path.join(folder, n))]
-            return os.path.join(folder, choose_inside(names, inside, source))
-        except (OSError, ValueError):
-            raise refused from None
-    name = choose_inside(names, inside, source)
-    beside = os.path.join(os.path.dirname(name), 'config.yml')
-    wanted = [n for n in names if n in (name, beside) or n.startswith(f'{name}/')]
+    return download(repo[1], repo[2] or '', source)
+
+
+def download(repo, inside, source):
+    """
+    The checkpoint inside a hub repository, and what belongs to it -> its path in the hub's cache.
+    Without a network, what the cache has. UserError.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    folder = None
     with from_hub('no checkpoint', source):
-        paths = [hf_hub_download(repo, file) for file in wanted]
-    return os.path.join(paths[0][:-len(wanted[0])], name)
-
-
-def choose_inside(names, inside, source):
-    """As choose(), among what a hub repository holds inside a path, '' for all of it."""
-    names = {name.removesuffix('/_METADATA') for name in names}     # an Orbax folder is one name
-    if inside in names:
-        return inside
-    return choose([n for n in names if not inside or n.startswith(f'{inside}/')], source)
+        try:
+            names = HfApi().list_repo_files(repo)
+        except Exception:       # of many kinds; from_hub tells it, if the cache has nothing, either
+            # [] asks for no file, only for the folder
+            folder = snapshot_download(repo, allow_patterns=[], local_files_only=True)
+            names = files_in(folder)
+            source += ", as far as the cache has it, and the hub cannot be asked"
+        name = choose(names, inside, source)
+        if not folder:
+            beside = name[:-len(os.path.basename(name))]
+            wanted = [name, beside + 'config.yml']
+            wanted += [f'{at}/*' for at in (name, *(beside + part for part in PARTS))]
+            folder = snapshot_download(repo, allow_patterns=wanted)
+    return os.path.join(folder, name)
 
 
 def is_orbax(folder):
@@ -309,12 +440,10 @@ def is_jax(path):
     return len(start) == 2 and 0x81 <= start[0] <= 0x8f and 0xa1 <= start[1] <= 0xbf
 
 
-def load_weights(source, known=None):
+def load_weights(source, known):
     """
-    What find_checkpoint finds -> settings for an ELFConfig, weights under our names, float32, the
-    EMA if there is one. Sizes are read off the weights; the other settings are our model_args, else
-    those of the official config.yml beside the file, else the published OpenWebText ones, said so.
-    known: the names of settings that the caller has. UserError for others, and for what is no ELF.
+    What find_checkpoint finds -> settings for an ELFConfig, as read_settings has them; weights
+    under our names, float32, the EMA if there is one. UserError for what is no ELF.
     """
     path = find_checkpoint(source)
     convert_first = f"convert it first: python convert.py {source} FOLDER"
@@ -326,15 +455,17 @@ def load_weights(source, known=None):
     places = ('ema', 'ema_params1', 'params', 'model')
     state = next((ckpt[k] for k in places if isinstance(ckpt.get(k), dict)), ckpt)
     state = {name: x.float() for name, x in from_official_names(state).items()}
-    sizes = read_sizes(state, path)
+    return read_settings(path, ckpt, read_sizes(state, path), known), state
+
+
+def read_settings(path, ckpt, sizes, known):
+    """
+    The settings of a checkpoint -> dict for an ELFConfig. Sizes are those of the weights, all else
+    our model_args, or the official config.yml beside the file, or, said so, the published
+    OpenWebText ones. UserError for settings whose names are not known, and as in find_parts.
+    """
     settings = ckpt.get('model_args') or read_config_yml(path, sizes)
-    if known is not None:
-        check_known(settings, known, path)
-    return settings | sizes, state
-
-
-def check_known(settings, known, path):
-    """UserError if there are settings that the caller does not have."""
     if unknown := sorted(settings.keys() - known):
         raise UserError(f"{path} has settings that this code does not know: {', '.join(unknown)}; "
                         "was it written by a later version?")
+    return settings | find_parts(settings, path, ckpt) | sizes

@@ -1,12 +1,12 @@
 """
-What lies on disk for training: memory-mapped bins in and out, the order of rows, text files, the
-tokenizer.
+What lies on disk for training: bins, the order of their rows, text files, the tokenizer.
 
-A set is a folder, data/<name>/: train.bin, val.bin              token ids, uint16 or uint32, rows
-    end to end train.idx.npy, val.idx.npy      int64 (rows, 2): where a row starts, and where its
-    target starts meta.json                       types, sizes, tokenizer, encoder, scale of the
-    latents, checksums A row is condition then target, each with its EOS; unconditional rows have
-    an empty condition.
+A set is a folder, data/<name>/:
+    train.bin, val.bin              token ids, uint16 or uint32, rows end to end
+    train.idx.npy, val.idx.npy      int64 (rows, 2): where a row starts, and where its target starts
+    meta.json                       types, sizes, tokenizer, encoder, scale of latents, checksums
+    val.jsonl                       of a set with conditions: input and target of each row of val
+A row is condition then target, each with its EOS; unconditional rows have an empty condition.
 """
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from configurator import UserError, from_hub, one_line
+from parts.process import UserError, from_hub, one_line
 
 # -------------------------------------------------------------------------------------------------
 # bins
@@ -29,9 +29,9 @@ FILES = ('train.bin', 'val.bin', 'train.idx.npy', 'val.idx.npy')
 
 def open_bins(data_dir, dataset, verify=False):
     """
-    meta.json of a prepared set -> dict, with its folder as 'dir', tokenizer and encoder as names
-    to load. Sizes are checked against it; with verify offsets and checksums too. UserError if
-    anything does not fit.
+    meta.json of a prepared set -> dict, with its folder as 'dir', tokenizer and encoder as names to
+    load. Sizes are checked against it; with verify offsets and checksums too. UserError if anything
+    does not fit.
     """
     folder = os.path.join(data_dir, dataset)
     finish_swap(data_dir, dataset)
@@ -51,6 +51,8 @@ def open_bins(data_dir, dataset, verify=False):
             check_split(meta, split, verify)
     except UserError:
         raise
+    except PermissionError as e:
+        raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
     except Exception as e:      # a damaged file can raise nearly anything
         raise UserError(f"{folder} is damaged ({one_line(e)}); prepare the dataset again") from None
     return meta
@@ -77,10 +79,7 @@ def check_meta(meta):
 
 
 def check_split(meta, split, verify):
-    """
-    The files of a split have the sizes that meta.json speaks of; with verify, what is in them
-    too.
-    """
+    """A split's files have the sizes that meta.json speaks of; with verify, what is in them too."""
     ids, index = open_split(meta, split)
     rows, tokens = meta['rows'][split], meta['tokens'][split]
     file = os.path.join(meta['dir'], f'{split}.bin')
@@ -152,8 +151,8 @@ def read_row(ids, index, r):
 def get_rows(meta, split, rows, c):
     """
     Rows of a split by number -> ids (B, T) int64, valid (B, T) no padding, cond (B, T) the
-    condition. The condition is cut to c.max_input_length, the row to c.max_length and padded to
-    it (c.pad_token).
+    condition. The condition is cut to c.max_input_length, the row to c.max_length and padded to it
+    (c.pad_token).
     """
     data, index = open_split(meta, split)
     padding = meta['eos_id'] if c.pad_token == 'eos' else meta['pad_id']
@@ -171,20 +170,13 @@ def get_rows(meta, split, rows, c):
     return tuple(map(torch.from_numpy, (ids, position < lengths, position < cond_lengths)))
 
 
-def write_split(folder, split, rows, dtype, vocab_size):
+def write_split(folder, split, rows, dtype, vocab_size, eos=None):
     """
     Stream (condition ids, target ids) to folder/<split>.bin and .idx.npy -> rows, tokens, longest
     row. UserError for ids outside the vocabulary.
     """
-    n = tokens = longest = 0
-
-    def write_header(f):
-        header = dict(descr='<i8', fortran_order=False, shape=(n, 2))
-        np.lib.format.write_array_header_1_0(f, header)
-
-    with open(os.path.join(folder, f'{split}.bin'), 'wb') as f, \
-            open(os.path.join(folder, f'{split}.idx.npy'), 'wb') as g:
-        write_header(g)
+    index, tokens, longest = [np.empty((0, 2), np.int64)], 0, 0     # 16 bytes a row stay in memory
+    with open(os.path.join(folder, f'{split}.bin'), 'wb') as f:
         for batch in batched(rows, 1000):
             ids = np.concatenate([part for row in batch for part in row]).astype(np.int64)
             cond = np.array([len(row[0]) for row in batch])
@@ -192,17 +184,22 @@ def write_split(folder, split, rows, dtype, vocab_size):
             ends = np.cumsum(length)
             outside = np.nonzero((ids < 0) | (ids >= vocab_size))[0]
             if len(outside):
-                row = n + np.searchsorted(ends, outside[0], side='right')
+                row = sum(map(len, index)) + np.searchsorted(ends, outside[0], side='right')
                 raise UserError(f"row {row} of {split} has token id {ids[outside[0]]}, the "
                                 f"vocabulary has {vocab_size}; is it this tokenizer's?")
+            # without a condition this looks at the end of the row before
+            last = ids[np.append(ends, ends - length + cond) - 1]
+            if eos is not None and (last != eos).any():
+                row = sum(map(len, index)) + np.argmax(last != eos) % len(batch)
+                raise UserError(f"row {row} of {split} has ids that do not end in EOS, {eos}; take "
+                                "padding off, add EOS, or name the tokenizer they are from")
             f.write(ids.astype(dtype).tobytes())
             starts = tokens + ends - length
-            g.write(np.stack((starts, starts + cond), axis=1).astype('<i8').tobytes())
-            n, tokens = n + len(batch), tokens + len(ids)
-            longest = max(longest, int(length.max()))
-        g.seek(0)
-        write_header(g)     # with the count now known; numpy leaves room for its digits
-    return n, tokens, longest
+            index.append(np.stack((starts, starts + cond), axis=1))
+            tokens, longest = tokens + len(ids), max(longest, int(length.max()))
+    index = np.concatenate(index)
+    np.save(os.path.join(folder, f'{split}.idx.npy'), index)
+    return len(index), tokens, longest
 
 
 def sha256(path):
@@ -220,8 +217,7 @@ def batched(items, n):
         yield batch
 
 # -------------------------------------------------------------------------------------------------
-# order: where a run stands is one number, and all that is random in a row or a text follows from
-# its own
+# order: where a run stands is one number; what is random in a row or a text follows from its own
 
 @lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
@@ -234,18 +230,14 @@ def rows_at(n, seed, first, count):
 
 
 def row_seed(seed, i):
-    """
-    The seed of text i, or micro-batch i, of a run: well mixed, so that neighbours share nothing.
-    """
+    """The seed of text i, or micro-batch i, of a run: mixed, so that neighbours share nothing."""
     return int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] >> 1)
 
 # -------------------------------------------------------------------------------------------------
 # text
 
 def load_tokenizer(name, vocab_size=None):
-    """
-    A tokenizer from a hub id or folder. UserError if it is gone, or has more ids than vocab_size.
-    """
+    """A tokenizer by hub id or folder. UserError if it is gone or has more ids than vocab_size."""
     from transformers import AutoTokenizer
     with from_hub("no tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -269,24 +261,24 @@ def printable(text):
 
 
 def read_lines(file):
-    """Lines of a UTF-8 file. UserError names file and line."""
+    """Lines of a UTF-8 file, perhaps compressed (.gz, ...). UserError names file and line."""
+    from fsspec.implementations.local import LocalFileSystem
     n = 0
     try:
-        with open(file, 'rb') as f:
+        with LocalFileSystem().open(file, compression='infer') as f:
             for n, line in enumerate(f, 1):
                 encoding = 'utf-8-sig' if n == 1 else 'utf-8'
                 yield line.decode(encoding).replace('\r\n', '\n')
-    except OSError as e:
-        raise UserError(f"cannot read {file}: {e.strerror}") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{file}, line {n}: byte {e.object[e.start]:#04x} is not UTF-8; "
                         "save the file as UTF-8") from None
+    except Exception as e:      # each compression has errors of its own
+        why = getattr(e, 'strerror', None) or one_line(e)
+        raise UserError(f"cannot read {file}: {why}") from None
 
 
 def read_jsonl(file):
-    """
-    The objects of a JSONL file -> (file and line for messages, dict). UserError names the line.
-    """
+    """The objects of a JSONL file -> (file and line, dict). UserError names the line."""
     for n, line in enumerate(read_lines(file), 1):
         if not line.strip():
             continue
@@ -294,15 +286,15 @@ def read_jsonl(file):
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError(f"a {type(row).__name__}")
+            if '\\u' in line:       # half a surrogate pair is valid JSON and no text
+                json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as e:
             raise UserError(f"{file}, line {n} is no JSON object ({e}): {line[:60]!r}") from None
         yield f"{file}, line {n}", row
 
 
 def read_inputs(file):
-    """
-    The lines of a JSONL with a condition -> list of dicts with 'input'. UserError names the line.
-    """
+    """The lines of a JSONL with conditions -> dicts with 'input'. UserError names the line."""
     rows = []
     for where, row in read_jsonl(file):
         row['input'] = row.get('input', row.get('source'))

@@ -1,15 +1,16 @@
-"""
-Where it runs and how fast: device, precision, torch.compile, packed products on a CPU, ranks.
-"""
+"""Where it runs: device, precision, compiling, packed products on a CPU, ranks, signals."""
 import os
+import signal
+import time
 from datetime import timedelta
 from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from configurator import UserError
+from parts.process import UserError, rank_and_world
 
+IN_BACKGROUND = ('cuda',)      # see to_device
 # dense bfloat16 peak of a GPU in FLOP/s, for the fraction of it that a run reaches
 PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
               '4090': 165e12, '3090': 71e12}
@@ -17,9 +18,8 @@ PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, '
 
 def pick_device(device, dtype):
     """
-    Names or 'auto' -> torch.device, whether to compute in bfloat16, the hardware's name. 'auto'
-    takes the first of cuda, mps, cpu that is there, bfloat16 where it is fast. UserError if it is
-    not there.
+    Names or 'auto' -> torch.device, whether to compute in bfloat16, both in words with the reason.
+    'auto': the first of cuda, mps, cpu that is there; bfloat16 where it is fast. UserError.
     """
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     available = [kind for kind, is_there in there.items() if is_there]
@@ -35,33 +35,42 @@ def pick_device(device, dtype):
     except (RuntimeError, AssertionError):
         raise UserError(f"device={device!r} is not a device here: 'auto', 'cpu', 'mps', 'cuda', "
                         "or one of several, such as 'cuda:1'") from None
+    fast = False
     if kind == 'cuda':
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif kind == 'cpu':
         fast = torch.cpu._is_avx512_bf16_supported()
         name = f'CPU, {torch.get_num_threads()} threads'
-    else:
-        fast = False
     bf16 = fast if dtype == 'auto' else dtype == 'bfloat16'
-    if kind == 'cuda':      # TF32, finer than bfloat16, for what autocast leaves in float32
+    why = 'as asked' if dtype != 'auto' else 'fast here' if fast else 'no fast bfloat16 here'
+    if kind == 'cuda':
+        # TF32, finer than bfloat16, for what autocast leaves in float32
         torch.set_float32_matmul_precision('high' if bf16 else 'highest')
-    return device, bf16, name
+        if not fast:
+            why += '; float32 uses no tensor cores on this GPU, expect a small part of its speed'
+    return device, bf16, f"{device} ({name}), {'bfloat16 autocast' if bf16 else 'float32'} ({why})"
+
+
+def peak_flops(about):
+    """Of the GPU that pick_device named, in bfloat16; None if it is another, or float32."""
+    return next((peak for name, peak in PEAK_FLOPS.items()
+                 if name in about and 'bfloat16 autocast' in about), None)
 
 
 def autocast(device, bf16):
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def describe(device, bf16, name, dtype):
-    """What pick_device decided, and why, for the log."""
-    why = 'as asked' if dtype != 'auto' else 'fast here' if bf16 else 'no fast bfloat16 here'
-    return f"{device} ({name}), {'bfloat16 autocast' if bf16 else 'float32'} ({why})"
+def to_device(x, device):
+    """
+    A tensor of the CPU on the device. Only CUDA may copy it in the background: others read its
+    memory after it was reused (pytorch#139550).
+    """
+    return x.to(device, non_blocking=torch.device(device).type in IN_BACKGROUND)
 
 
-def compile_in_place(module, device):
-    """
-    module.compile() if this machine has a working compiler -> whether it does; says so if not.
-    """
+def compile_in_place(*modules, device):
+    """module.compile() if this machine has a working compiler -> whether it does; or says so."""
     try:
         torch.compile(lambda x: (x + 1).sin())(torch.ones(8, device=device))
     except Exception as e:
@@ -72,7 +81,8 @@ def compile_in_place(module, device):
     # each count of rows, with and without gradient, is a graph of its own; with symbols Inductor
     # can fail
     torch._dynamo.config.recompile_limit = 64
-    module.compile(dynamic=False)
+    for module in modules:
+        module.compile(dynamic=False)
     return True
 
 
@@ -102,17 +112,36 @@ def pack_linears(model, bf16):
 # -------------------------------------------------------------------------------------------------
 # ranks: the processes of a torchrun, one a GPU
 
-def rank_and_world():
-    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+host_group = None       # all ranks, over gloo: for what must not wait for the GPU; None: one rank
 
 
-def own_device(device):
-    """'cuda:<local rank>' for one of several ranks on GPUs, else the device as it is."""
-    if rank_and_world()[1] == 1 or device not in ('auto', 'cuda') or not torch.cuda.is_available():
-        return device
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    torch.cuda.set_device(device)
-    return device
+def start(device, dtype):
+    """
+    Where this process runs, and its place among the ranks of a torchrun, if any -> torch.device,
+    whether to compute in bfloat16, both in words. device, dtype: the settings. UserError.
+    """
+    global host_group
+    rank, world = rank_and_world()
+    if world > 1 and device.startswith('cuda:'):
+        raise UserError(f"device={device!r} names one GPU for {world} ranks; give --device=cuda, "
+                        "each rank takes its own")
+    if world > 1 and device in ('auto', 'cuda') and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device, bf16, about = pick_device(device, dtype)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    if world > 1 and host_group is None:
+        # torchrun keeps its store over restarts on a node: without a prefix of their own, new ranks
+        # would find the addresses of dead ones
+        store, _, _ = next(dist.rendezvous('env://'))
+        if os.environ.get('LOCAL_WORLD_SIZE') == str(world):
+            attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+            store = dist.PrefixStore('attempt ' + attempt, store)
+        patience = timedelta(hours=2)       # one rank may download a model while the others wait
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store,
+                                rank=rank, world_size=world, timeout=patience)
+        host_group = dist.new_group(backend='gloo', timeout=patience)
+    return device, bf16, about
 
 
 def print0(*args, **kwargs):
@@ -120,53 +149,54 @@ def print0(*args, **kwargs):
         print(*args, **kwargs)
 
 
-def join_ranks(device):
-    """
-    Set up torch.distributed under torchrun -> a gloo group for what must not wait for the GPU, or
-    None.
-    """
-    if 'RANK' not in os.environ:
-        return None
-    rank, world = rank_and_world()
-    # torchrun keeps its store over restarts on a node: without a prefix of their own, new ranks
-    # would find the addresses of dead ones
-    store, _, _ = next(dist.rendezvous('env://'))
-    if os.environ.get('LOCAL_WORLD_SIZE') == str(world):
-        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-        store = dist.PrefixStore('attempt ' + attempt, store)
-    patience = timedelta(hours=2)       # one rank may download a model while the others wait
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store,
-                            rank=rank, world_size=world, timeout=patience)
-    return dist.new_group(backend='gloo', timeout=patience)
-
-
-def gather(x, group):
-    """
-    Every rank's x, any plain object, in order of the ranks -> list; [x] where there is one rank.
-    """
-    if group is None:
+def gather(x):
+    """Every rank's x, any plain object, in order of the ranks -> list; [x] of one rank."""
+    if host_group is None:
         return [x]
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, x, group=group)
+    dist.all_gather_object(everyone, x, group=host_group)
     return everyone
 
 
-def largest(number, group):
-    """The largest of every rank's whole number."""
-    if group is None:
-        return number
-    number = torch.tensor(number)
-    dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
-    return number.item()
-
-
-def mean_over_ranks(losses, group):
-    """
-    {name: list of scalars on the device} of each rank -> {name: mean over all of them}; it waits.
-    """
+def mean_over_ranks(losses):
+    """{name: scalars on the device} of each rank -> {name: mean over all of them}; it waits."""
     mine = {name: torch.stack(values).tolist() for name, values in losses.items()}
     everyone = {}
-    for part in gather(mine, group):
-        for name, values in part.items():
+    for share in gather(mine):
+        for name, values in share.items():
             everyone.setdefault(name, []).extend(values)
     return {name: sum(values) / len(values) for name, values in everyone.items()}
+
+# -------------------------------------------------------------------------------------------------
+# signals: those that ask a run to stop
+
+TIME_IS_UP = 1000   # a reason to stop, beside the numbers of signals
+signals = []        # (number, when) of those that came
+saving = False      # whether a checkpoint is being written
+
+
+def note_signals():
+    """
+    SIGTERM, Ctrl-C and a lost terminal ask to save and stop. A Ctrl-C some seconds later
+    interrupts, but never a save.
+    """
+    def note(number, frame):
+        signals.append((number, time.time()))
+        # torchrun and the terminal, or a scheduler, may both send the first one
+        if number == signal.SIGINT and time.time() - signals[0][1] > 3 and not saving:
+            raise KeyboardInterrupt
+
+    signals.clear()
+    for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
+        number = getattr(signal, name, None)        # Windows has no SIGHUP; nohup ignores it
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
+
+
+def should_stop(started, max_minutes):
+    """The number of a signal that any rank got, or TIME_IS_UP, or 0; the same on every rank."""
+    late = max_minutes and time.time() - started > 60 * max_minutes
+    reason = torch.tensor(signals[0][0] if signals else TIME_IS_UP if late else 0)
+    if host_group:
+        dist.all_reduce(reason, dist.ReduceOp.MAX, group=host_group)
+    return reason.item()

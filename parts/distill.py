@@ -5,12 +5,15 @@ the student learns the clean latent that takes it to the same place in one.
 Progressive distillation as in the official code's branch `distillation` (utils/distill_utils.py,
 distill_train_step.py). train.py runs it: see config/owt_elf_b_pd.py.
 """
+from dataclasses import dataclass, replace
+
 import torch
 import torch.nn.functional as F
 
-from configurator import UserError
+from model import ELF, Draws, cross_entropy, draw, noise_rows, velocity
 from parts.data import check_vocabulary
-from model import ELF, velocity
+from parts.device import to_device
+from parts.process import UserError
 
 
 def load_teacher(config, meta, init_from):
@@ -32,16 +35,18 @@ def load_teacher(config, meta, init_from):
     return teacher
 
 
-def draw_times(c, t, steps, substeps, generator):
-    """
-    Where the teacher stops within a student's step of length 1 / steps: its start is the row's t
-    (B,) squeezed into what leaves room for it, the stops inside are draws as of t
-    -> (B, substeps+1).
-    """
-    normal = torch.randn(len(t), substeps - 1, generator=generator)
-    inner = torch.sigmoid(c.t_mean + c.t_std * normal).sort(dim=1).values
-    stops = F.pad(F.pad(inner, (1, 0)), (0, 1), value=1.0).to(t)
-    return (1 - 1 / steps) * t[:, None] + stops / steps
+@dataclass
+class StudentDraws(Draws):
+    stops: torch.Tensor         # (B, k+1), rising from 0 to 1: the teacher's k steps in a student's
+
+
+def draw_student(substeps, config, B, T, generator, device):
+    """model.draw, and where the teacher stops: its inner stops are drawn as t is."""
+    draws = draw(config, B, T, generator, device)
+    normal = torch.randn(B, substeps - 1, generator=generator)
+    inner = torch.sigmoid(config.t_mean + config.t_std * normal).sort(dim=1).values
+    stops = F.pad(F.pad(inner, (1, 0)), (0, 1), value=1.0)
+    return StudentDraws(**vars(draws), stops=to_device(stops, device))
 
 
 @torch.no_grad()
@@ -69,51 +74,31 @@ def pd_target(teacher, z, times, w, x_prev, cond=None, cond_mask=None):
     return torch.where(length < 1e-3, x, target)
 
 
-def distill_loss(net, teacher, x0, tokens, loss_mask, cond_mask, draws, times):
+def distill_loss(teacher, steps, net, x0, tokens, loss_mask, cond_mask, draws):
     """
-    The loss of a student, in place of compute_loss and with its arguments; times: draw_times.
-    Denoise rows: squared error of x (not of v) against pd_target; decode rows as ever. Rows weigh
-    alike, whatever their length [distill_train_step].
+    The loss of a student that writes in so many steps, else as compute_loss. Its step of length
+    1 / steps starts at the row's t squeezed into what leaves room for it, and draws.stops divide
+    it into the teacher's. Denoise rows: squared error of x (not of v) against pd_target; decode
+    rows as ever. Rows weigh alike, whatever their length [distill_train_step].
     """
-    c, d, device = getattr(net, 'module', net).config, draws, x0.device
-
-    # decode rows go last
-    order = torch.argsort(d.is_decode.int(), stable=True)
-    n_decode = int(d.is_decode.sum())
-    n = len(x0) - n_decode
-    guess = d.self_cond[order[:n]].nonzero()[:, 0]
-    order, guess, drop = (x.to(device, non_blocking=True) for x in (order, guess, d.drop_cond))
-    cond = cond_mask.bool()[:, :, None]
-    x0 = torch.where(cond & drop[:, None, None], 0.0, x0)[order]
-    tokens, mask, cond = tokens[order], loss_mask[order].float(), cond[order]
-    w, times = d.w[order], times[order[:n]]
-    x0_n, cond_n, start = x0[:n], cond[:n], times[:, 0]
-
-    # noise, as in compute_loss
-    noise, lam = c.noise_scale * d.noise[order[:n]], d.lam[order[n:]]
-    s = start[:, None, None]
-    z_n = torch.where(cond_n, x0_n, s * x0_n + (1 - s) * noise)                     # (n, T, C)
-    z_d = lam * x0[n:] + (1 - lam) * c.decoder_noise_scale * d.decode_noise[order[n:]]
+    times = (1 - 1 / steps) * draws.t[:, None] + draws.stops / steps                # (B, k+1)
+    c = getattr(net, 'module', net).config
+    r = noise_rows(c, x0, tokens, loss_mask, cond_mask, replace(draws, t=times[:, 0]))
+    n, guess = r.n, r.guess
 
     # the guess that both are fed first: the teacher's from nothing, on self-conditioned rows
-    x_prev = torch.where(cond_n, x0_n, 0.0)
     if len(guess):
         with torch.no_grad():
-            x_u = teacher.denoise(z_n[guess], x_prev[guess], start[guess], w[guess])
-        x_prev[guess] = torch.where(cond_n[guess], x0_n[guess], x_u)
+            x_u = teacher.denoise(r.z[guess], r.x_prev[guess], r.t[guess], r.w[guess])
+        r.x_prev[guess] = torch.where(r.held[guess], r.x0[guess], x_u)
 
-    target = pd_target(teacher, z_n, times, w[:n], x_prev, x0_n, cond_n[..., 0])
-    x_hat, logits = net(torch.cat((z_n, z_d)), torch.cat((x_prev, torch.zeros_like(z_d))),
-                        torch.cat((start, start.new_ones(n_decode))), w, n_decode=n_decode)
+    target = pd_target(teacher, r.z[:n], times[r.order[:n]], r.w[:n], r.x_prev[:n], r.x0[:n],
+                       r.held[:n, :, 0])
+    x_hat, logits = net(r.z, r.x_prev, r.t, r.w, n_decode=len(r.z) - n)
 
     # the mean over a row's positions, then over rows
     l2 = (x_hat - target).square().mean(dim=-1)                                     # (n, T)
-    ce = F.cross_entropy(logits.flatten(0, 1), tokens[n:].flatten(), reduction='none')
-    losses = torch.cat((l2, ce.view_as(tokens[n:])))                                # (B, T)
-    rows = (losses * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)                # (B,)
-    parts = {}
-    if n:
-        parts['l2'] = rows[:n].detach().mean()
-    if n_decode:
-        parts['ce'] = rows[n:].detach().mean()
-    return rows.mean(), parts
+    losses = torch.cat((l2, cross_entropy(logits, r.tokens[n:])))                   # (B, T)
+    rows = (losses * r.mask).sum(dim=1) / r.mask.sum(dim=1).clamp(min=1)            # (B,)
+    parts = dict(l2=rows[:n], ce=rows[n:])
+    return rows.mean(), {name: x.detach().mean() for name, x in parts.items() if len(x)}

@@ -3,11 +3,15 @@ What is measured in texts: counts that need no judge, an n-gram as the judge wit
 causal LM as the paper's. Nothing of ELF in it. ids: the tokens of a text, a list; text: a str.
 """
 import math
+import os
 import sys
 from collections import Counter
-from functools import lru_cache
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from types import SimpleNamespace
 
 import numpy as np
+import regex
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -28,19 +32,13 @@ def ngrams(sequence, n):
 
 
 def entropy(ids):
-    """
-    Unigram entropy of one list of ids, nats: log of the number of equally likely tokens it amounts
-    to. 0.0 when empty.
-    """
+    """Unigram entropy of a list of ids, nats: the log of so many equally likely tokens."""
     shares = [n / len(ids) for n in Counter(ids).values()]
     return -sum(p * math.log(p) for p in shares) + 0.0
 
 
 def repetition(ids_list):
-    """
-    Share of tokens that lie in a 5-gram that its own text holds three times or more; all texts as
-    one pool.
-    """
+    """Share of the tokens of all texts in a 5-gram that its own text holds three times or more."""
     inside = 0
     for ids in ids_list:
         grams = list(ngrams(tuple(ids), 5))
@@ -82,7 +80,7 @@ def words(texts, vocabulary):
 
 
 @lru_cache(maxsize=1)
-def pieces(text, k):
+def kgrams(text, k):
     return set(ngrams(text, k))
 
 
@@ -92,88 +90,133 @@ def copied(texts, training_text, k=12):
     less than k. White space of any kind and length counts as one space.
     """
     training_text = ' '.join(training_text.split())
-    known, lengths = pieces(training_text, k), []
+    grams, lengths = kgrams(training_text, k), []
     for text in texts:
-        text, longest, at = ' '.join(text.split()), k - 1, -1
-        # does a longer run end here? by one character: two more, and its start was one before
-        for end in range(k, len(text) + 1):
-            run = text[end - longest - 1:end]
-            # a look at its pieces spares nearly all searches, which are slow; where the run only
-            # grew at its end, it is nowhere before the shorter one's place
-            seen = known.issuperset(ngrams(run, k))
-            at = training_text.find(run, max(at, 0)) if seen else -1
-            longest += at >= 0
+        text, longest = ' '.join(text.split()), k - 1
+        for start in range(len(text)):
+            place = 0       # is a run of one character more copied? a longer one: nowhere before
+            while place >= 0 and start + longest < len(text):
+                run = text[start:start + longest + 1]
+                # a look at its k-grams spares nearly all searches, which are slow
+                seen = grams.issuperset(ngrams(run, k))
+                place = training_text.find(run, place) if seen else -1
+                longest += place >= 0
         lengths.append(longest if longest >= k else 0)
     return lengths
+
+# --------------------------------------------------------------------------------------------------
+# against the texts that were wanted, the targets
+
+UNSPACED = r'[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]'
+TOKENS = regex.compile(rf'(?V1){UNSPACED}\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--{UNSPACED}]+')
+
+
+def script_of(texts):
+    """
+    How BLEU and ROUGE cut texts: 'a-z', as the official code does, if most of their letters are
+    these; else 'words', if there are spaces between them, 'zh' for Chinese, 'char' for others.
+    """
+    counts = Counter(''.join(texts).lower())
+
+    def count(kind):
+        return sum(n for char, n in counts.items() if regex.match(kind, char))
+
+    letters, unspaced = count(r'\p{L}'), count(UNSPACED)
+    if 2 * count('[a-z]') >= letters:
+        return 'a-z'
+    if 2 * unspaced < letters:
+        return 'words'
+    return 'zh' if count(r'\p{Han}') > 0.9 * unspaced else 'char'
 
 
 def bleu(hyps, refs, cased=False):
     """
     Corpus BLEU, 0 to 100: the official code's (lower case, effective order), or sacreBLEU's
-    standard cased one.
+    standard cased one. Targets without spaces: sacreBLEU's tokens 'zh' for Chinese, else 'char'.
     """
     import sacrebleu
     assert len(hyps) == len(refs), f"{len(hyps)} texts, {len(refs)} references"
-    official = {} if cased else dict(lowercase=True, use_effective_order=True)
-    return sacrebleu.corpus_bleu(hyps, [refs], **official).score
+    settings = {} if cased else dict(lowercase=True, use_effective_order=True)
+    if (script := script_of(refs)) in ('zh', 'char'):
+        settings['tokenize'] = script
+    return sacrebleu.corpus_bleu(hyps, [refs], **settings).score
 
 
 def rouge(hyps, refs):
-    """ROUGE-1, -2 and -L, stemmed: F-measure * 100 of each pair, then the plain mean."""
+    """
+    ROUGE-1, -2 and -L, stemmed: F-measure * 100 of each pair, then the plain mean. rouge-score sees
+    a to z and 0 to 9 alone; for targets in other letters its tokens are words of any script, not
+    stemmed, and single characters where there are no spaces. A pair of one-word texts has no pairs
+    of words: its ROUGE-2 is 0 even where they are equal.
+    """
     from rouge_score import rouge_scorer
-    kinds = ('rouge1', 'rouge2', 'rougeL')
-    scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True)
+    kinds, tokenizer = ('rouge1', 'rouge2', 'rougeL'), None
+    if script_of(refs) != 'a-z':
+        tokenizer = SimpleNamespace(tokenize=lambda text: TOKENS.findall(text.lower()))
+    scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True, tokenizer=tokenizer)
     scores = [scorer.score(ref, hyp) for hyp, ref in zip(hyps, refs, strict=True)]
     return {kind: mean([score[kind].fmeasure * 100 for score in scores]) for kind in kinds}
+
+
+def exact_match(hyps, refs):
+    """Share of texts that equal their target, white space at the ends aside."""
+    return mean([hyp.strip() == ref.strip() for hyp, ref in zip(hyps, refs, strict=True)])
+
+
+def describe_errors(hyps, refs, encode):
+    """
+    exact_match and its binomial standard error; of the other texts the shares of those with too few
+    and too many tokens, and the place of the first wrong token, from 1, the median -> dict.
+    """
+    exact = exact_match(hyps, refs)
+    pairs = [(encode(hyp.strip()), encode(ref.strip())) for hyp, ref in zip(hyps, refs)
+             if hyp.strip() != ref.strip()]
+    places = [len(os.path.commonprefix(pair)) + 1 for pair in pairs]
+    return dict(exact=exact, exact_stderr=math.sqrt(exact * (1 - exact) / len(refs)),
+                too_short=mean([len(hyp) < len(ref) for hyp, ref in pairs]),
+                too_long=mean([len(hyp) > len(ref) for hyp, ref in pairs]),
+                first_wrong=float(np.median(places)) if places else math.nan)
 
 # --------------------------------------------------------------------------------------------------
 # the judge without a download: interpolated n-grams, Witten-Bell smoothed, of 5 characters and of 3
 # tokens: where tokens are words, five characters see hardly more than one of them
 
-def train_ngram(texts, n=5):
+def train_ngram(sequences, n=5):
     """
-    Count within each text -> n; all 1- to n-grams; per context the characters that followed it, and
-    how many different ones.
+    Count within each text or tuple of ids -> n; all 1- to n-grams; per context the items that
+    followed it, and how many different ones.
     """
     grams, followers, kinds = Counter(), Counter(), Counter()
-    for text in texts:
+    for sequence in sequences:
         for k in range(1, n + 1):
-            grams.update(ngrams(text, k))
+            grams.update(ngrams(sequence, k))
     for gram, count in grams.items():
         followers[gram[:-1]] += count
         kinds[gram[:-1]] += 1
     return n, grams, followers, kinds
 
 
-def signs(ids):
-    """Ids as a text with one sign for each, so that an n-gram of tokens is one of these."""
-    return ''.join(map(chr, ids))
-
-
-def ngram_p(char, context, ngram):
+def ngram_p(item, context, ngram):
     """
-    P(char | context): a context h seen N times with K different followers gives (count(h char) +
-    K * P(char | h without its first character)) / (N + K). Below the empty context: uniform over
-    the alphabet and one sign for all others.
+    P(item | context), both texts or tuples: a context h seen N times with K different followers
+    gives (count(h item) + K * P(item | h without its first)) / (N + K). Below the empty context:
+    uniform over the alphabet and one item for all others.
     """
     _, grams, followers, kinds = ngram
-    p = 1 / (kinds[''] + 1)
+    p = 1 / (kinds[item[:0]] + 1)
     for start in range(len(context), -1, -1):
         h = context[start:]
         if h not in followers:
             break               # longer ones were not seen either
-        p = (grams.get(h + char, 0) + kinds[h] * p) / (followers[h] + kinds[h])
+        p = (grams.get(h + item, 0) + kinds[h] * p) / (followers[h] + kinds[h])
     return p
 
 
-def ngram_nats(texts, ngram):
-    """
-    Mean -log P of all characters of texts, nats; each text starts without context. nan if there are
-    none.
-    """
+def ngram_nats(sequences, ngram):
+    """Mean -log P of all items, nats; each text starts without context. nan if there are none."""
     reach = ngram[0] - 1
-    return mean([-math.log(ngram_p(char, text[max(0, i - reach):i], ngram))
-                 for text in texts for i, char in enumerate(text)])
+    return mean([-math.log(ngram_p(sequence[i:i + 1], sequence[max(0, i - reach):i], ngram))
+                 for sequence in sequences for i in range(len(sequence))])
 
 # --------------------------------------------------------------------------------------------------
 # the judge of the paper: a causal LM
@@ -190,13 +233,51 @@ def load_judge(name, device):
     return model, tokenizer
 
 
-def judge_ids(texts, tokenizer, max_length=1024):
-    """The texts that are not blank as ids, cut to max_length -> list of lists."""
-    return [tokenizer(text, add_special_tokens=False, truncation=True,
-                      max_length=max_length)['input_ids'] for text in texts if text.strip()]
+def load_gpt2(source):
+    """
+    GPT-2's tokenizer without GPT-2, from the encoder files in a folder (OpenAI's names or the
+    hub's) or of a hub id -> encode(text) -> ids. UserError if they are not there.
+    """
+    from huggingface_hub import snapshot_download
+    from tiktoken import Encoding
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+    os.environ['TIKTOKEN_CACHE_DIR'] = ''       # its copies go by the path, whatever is there now
+    published, hub = ('vocab.bpe', 'encoder.json'), ('merges.txt', 'vocab.json')
+    with from_hub(f"no encoder files of GPT-2, {' and '.join(hub)}", source):
+        folder = source
+        if not os.path.isdir(source):
+            folder = snapshot_download(source, allow_patterns=hub)
+        names = published if os.path.isfile(os.path.join(folder, published[0])) else hub
+        ranks = data_gym_to_mergeable_bpe_ranks(*(os.path.join(folder, name) for name in names))
+    encoding = Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                        special_tokens={'<|endoftext|>': len(ranks)})
+    return partial(encoding.encode, allowed_special='all')
+
+
+def judge_ids(texts, encode, max_length=1024):
+    """The texts that are not blank as the judge's ids, cut to max_length -> list of lists."""
+    return [encode(text)[:max_length] for text in texts if text.strip()]
+
+
+def count_ids(rows):
+    """Of texts as the judge's ids: entropy, nats, mean over the texts; distinct-4 -> dict."""
+    return dict(entropy=mean([*map(entropy, rows)]), distinct_4_judge=distinct(rows))
+
+
+@contextmanager
+def float32_products():
+    """Of a GPU, too: for what is sampled device.py may have allowed TF32, which is coarser."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
+@float32_products()
 def gen_ppl(texts, judge, batch_size=16, device='cpu', max_length=1024):
     """
     Generative perplexity, the official JAX protocol [utils/metrics_utils.py], and the port's beside
@@ -208,27 +289,31 @@ def gen_ppl(texts, judge, batch_size=16, device='cpu', max_length=1024):
     over texts.
     """
     model, tokenizer = load_judge(judge, str(device))
-    torch.set_float32_matmul_precision('highest')   # of a GPU: pick_device may have allowed TF32
     eos = tokenizer.eos_token_id
     limit = getattr(model.config, 'max_position_embeddings', max_length)
-    rows = judge_ids(texts, tokenizer, min(max_length, limit))
+    encode = partial(tokenizer.encode, add_special_tokens=False, verbose=False)
+    rows = judge_ids(texts, encode, min(max_length, limit))
     width = max(map(len, rows), default=0)
-    nlls, tokens = torch.zeros(2, 2, dtype=torch.float64)           # of the two protocols
+    sums = Counter()
     for first in tqdm(range(0, len(rows), batch_size), desc='judge', disable=None, leave=False):
         part = rows[first:first + batch_size]
         ids = torch.tensor([row + [eos] * (width - len(row)) for row in part], device=device)
         # what is scored never looks at the fill; row by row, as float32 logits take gigabytes
         for row, logits in zip(ids, model(ids).logits):                         # (T,), (T, V)
-            nll = F.cross_entropy(logits[:-1], row[1:], reduction='none').double().cpu()
-            token = (row != eos).double().cpu()
-            first_eos = (1 - token).cumsum(0) == 1      # from the first EOS to before the second
-            port = (token + first_eos)[1:]
-            weights = torch.stack((port.clamp(max=1), port))                    # (2, T-1)
-            nlls += weights @ nll
-            tokens += weights.sum(1)
-    jax, port = (nlls / tokens).exp().tolist()      # nan where there are no tokens
-    return dict(gen_ppl=jax, gen_ppl_port=port, entropy=mean([*map(entropy, rows)]),
-                tokens=int(tokens[0]), empty=len(texts) - len(rows))
+            nll = F.cross_entropy(logits[:-1], row[1:], reduction='none').cpu().double()
+            is_text = (row != eos).cpu()
+            before_second = (~is_text).cumsum(0) == 1       # from the first EOS on
+            jax = (is_text | before_second)[1:].double()                        # (T-1,)
+            port = is_text[1:].double() + before_second[1:].double()
+            sums.update(nll=(jax @ nll).item(), tokens=int(jax.sum()),
+                        port_nll=(port @ nll).item(), port_tokens=port.sum().item())
+
+    def perplexity(nll, tokens):
+        return math.exp(nll / tokens) if tokens else math.nan
+
+    return dict(gen_ppl=perplexity(sums['nll'], sums['tokens']),
+                gen_ppl_port=perplexity(sums['port_nll'], sums['port_tokens']),
+                tokens=sums['tokens'], empty=len(texts) - len(rows)) | count_ids(rows)
 
 # --------------------------------------------------------------------------------------------------
 # all of it, and the table; rows: dicts with 'generated', 'ids' and perhaps 'target'
@@ -243,33 +328,29 @@ def count_tokens(rows):
     return sum(len(row['ids']) for row in rows)
 
 
-def measure(rows, limit, train_texts, ngram, judge, batch_size, device):
+def measure(rows, limit, train, judges, encode=str.split):
     """
     All metrics of one line of the table -> dict. entropy_own is over the ids given, mean over the
-    texts that are not blank; limit: tokens that distinct-4 looks at. judge: ngram, a pair
-    (of characters, of tokens), if there is one, else a causal LM or 'none'. Words and copies are
-    looked up in train_texts, if there are any, joined by spaces: rows are packed in order, so a run
-    may cross from one to the next; a word that was cut between two is then its two parts.
+    texts that are not blank; limit: tokens that distinct-4 looks at. Words and copies are looked up
+    in the rows train, if there are any, joined by spaces: they are packed in order, so a run may
+    cross from one to the next; a word that was cut between two is then its two parts. judges:
+    functions of texts and their ids that give more metrics; encode: of tokens, to count errors in.
     """
     texts, ids = [row['generated'] for row in rows], [row['ids'] for row in rows]
     entropies = [entropy(row['ids']) for row in rows if row['generated'].strip()]
     out = dict(texts=len(rows), empty=len(rows) - len(entropies), entropy_own=mean(entropies),
                distinct_4=distinct(ids, 4, limit), repetition=repetition(ids),
                duplicates=duplicates(texts))
-    if train_texts:
-        training_text = ' '.join(train_texts)
+    if train:
+        training_text = ' '.join(row['generated'] for row in train)
         lengths = copied(texts, training_text)
         out['words'], out['long_words'] = words(texts, set(training_text.split()))
         out['copied_median'], out['copied_max'] = float(np.median(lengths)), max(lengths)
-    if ngram:
-        of_chars, of_tokens = ngram
-        out['nats_per_char'] = ngram_nats(texts, of_chars)
-        out['nats_per_token'] = ngram_nats(list(map(signs, ids)), of_tokens)
-    elif judge != 'none':
-        out |= gen_ppl(texts, judge, batch_size, device)
+    for judge in judges:
+        out |= judge(texts, ids)
     if targets := find_targets(rows):
         out['bleu'], out['bleu_cased'] = bleu(texts, targets), bleu(texts, targets, cased=True)
-        out |= rouge(texts, targets)
+        out |= rouge(texts, targets) | describe_errors(texts, targets, encode)
     return out
 
 
@@ -279,6 +360,7 @@ COLUMNS = [                             # key, title, digits
     ('gen_ppl', 'ppl', 2),
     ('gen_ppl_port', 'port', 2),
     ('entropy', 'entropy', 3),
+    ('distinct_4_judge', 'j dist-4', 3),
     ('entropy_own', 'own ent', 3),
     ('distinct_4', 'dist-4', 3),
     ('repetition', 'repeat', 3),
@@ -292,33 +374,55 @@ COLUMNS = [                             # key, title, digits
     ('rouge1', 'R-1', 2),
     ('rouge2', 'R-2', 2),
     ('rougeL', 'R-L', 2),
+    ('exact', 'exact', 3),
+    ('exact_stderr', '+-', 3),
+    ('too_short', 'fewer', 2),
+    ('too_long', 'more', 2),
+    ('first_wrong', 'at', 1),
     ('empty', 'empty', 0),
     ('nfe', 'NFE', 0),
     ('seconds', 'seconds', 1),
 ]
 
 
-def print_table(results, unit, left_out=()):
+LEGEND = dict(
+    entropy_own="own ent, dist-4, repeat: over the tokens of the model or the dataset, else words; "
+                "nats",
+    nats_per_token="nats/char, token: of each by a 5-gram of characters, a 3-gram of tokens",
+    entropy="entropy, j dist-4: over the judge's tokens (GPT-2's)",
+    long_words="words, long: share that the training text has too; long ones have over 3 letters",
+    copied_max="copied, max: characters in a row as in the training text, median and most",
+    rougeL="BLEU, R: of the official tokens; where few letters are a to z, of words of any\n"
+           "  script, or characters where no spaces are; R-2: of word pairs, 0 for one-word texts",
+    exact="exact, +-: share of texts equal to their target, its standard error; of the others",
+    first_wrong="  fewer, more: tokens than the target, share; at: first wrong token, median")
+
+
+def print_table(results, left_out=()):
     """
-    {name: metrics} -> a line for each, without the columns that none has or that are left out.
-    unit: what the ids are.
+    {name: metrics} -> a line for each, standard errors below it if there are any, without the
+    columns that none has or that are left out.
     """
-    names, keys = list(results), {key for row in results.values() for key in row}
-    columns = [['', *names]]
+    lines = {}
+    for name, row in results.items():
+        lines[name] = row
+        if 'stderr' in row:
+            lines['+-'.rjust(len(name))] = row['stderr']
+    keys = {key for row in lines.values() for key in row} - set(left_out)
+    if 'exact' in keys:         # against targets, variety says little, and the line is long
+        keys -= {'entropy_own', 'distinct_4', 'bleu_cased'}
+    columns = [['', *lines]]
     for key, title, digits in COLUMNS:
-        if key in keys and key not in left_out:
-            numbers = [results[name].get(key) for name in names]
+        if key in keys:
+            numbers = [row.get(key) for row in lines.values()]
             columns.append([title, *('' if x is None else f'{x:.{digits}f}' for x in numbers)])
     widths = [max(map(len, column)) for column in columns]
     print()
     for name, *numbers in zip(*columns):
         print(name.ljust(widths[0]), *(x.rjust(width) for x, width in zip(numbers, widths[1:])))
-    print(f"own ent, dist-4, repeat: over {unit}; entropies in nats")
-    if 'nats_per_token' in keys:
-        print("nats/char, token: nats of each by a 5-gram of characters, a 3-gram of tokens")
-    if 'copied_max' in keys - set(left_out):
-        print("words, long: share that the training text has too; long ones have over 3 letters")
-        print("copied, max: characters in a row as in the training text, median and most of a text")
+    for key, text in LEGEND.items():
+        if key in keys:
+            print(text)
 
 
 def over_runs(results):
@@ -333,17 +437,13 @@ def over_runs(results):
     return means | dict(stderr=errors)
 
 
-def print_gap(results, own):
+def gap_closed(report):
     """
     How near texts come to real ones under the n-gram judges -> {'gap_closed', 'gap_closed_tokens'},
     the share of the way from unigram, by characters and by tokens.
     """
-    gaps = {}
+    real, unigram, gaps = report['real'], report['unigram'], {}
     for gap, key in (('gap_closed', 'nats_per_char'), ('gap_closed_tokens', 'nats_per_token')):
-        worst, best = results['unigram'][key], results['real'][key]
-        gaps[gap] = (worst - own[key]) / (worst - best) if worst != best else math.nan
-    share = own['distinct_4'] / max(1e-9, results['real']['distinct_4'])
-    print(f"gap closed: {gaps['gap_closed']:.3f} of the way from unigram to real text by "
-          f"characters, {gaps['gap_closed_tokens']:.3f} by tokens; "
-          f"distinct-4 {share:.2f} of real text's")
+        way = unigram[key] - real[key]
+        gaps[gap] = (unigram[key] - report[key]) / way if way else math.nan
     return gaps

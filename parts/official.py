@@ -10,7 +10,7 @@ import re
 
 import torch
 
-from configurator import UserError, one_line
+from parts.process import UserError, one_line
 
 # -------------------------------------------------------------------------------------------------
 # weights
@@ -88,96 +88,103 @@ OFFICIAL_SETTINGS = dict(
     pad_token=('pad_token', 'pad'), label_drop_prob=('drop_cond_prob', 0.0),
     gelu=('gelu', 'tanh'))      # not theirs: convert.py writes it for the Lightning reproduction
 
+# layers, width, heads
+PUBLISHED_SIZES = {(12, 768, 12): 'ELF-B', (24, 1056, 16): 'ELF-M', (32, 1280, 16): 'ELF-L'}
+
+
+def sde(gamma, w):
+    return dict(sampler='sde', gamma=gamma, w=w, cfg=1.0, grid='logit_normal')
+
+
+# their samplers by number of steps [configs/sampling_configs]; 8 and 16 are from the paper
+UNCONDITIONAL = {32: sde(1.5, 3.0), 64: sde(1.0, 3.0), 8: sde(2.0, 3.0), 16: sde(2.0, 3.0)}
+CONDITIONAL = {64: dict(sampler='ode', gamma=0.0, w=1.0, cfg=2.0, grid='logit_normal')}
+FEW_STEP = {steps: sde(1.5, 2.5) for steps in (8, 4, 2, 1)} | {16: sde(2.0, 2.0), 32: sde(2.0, 2.0)}
+PUBLISHED_SAMPLERS = {'uncond_sampling_configs.yml': UNCONDITIONAL,
+                      'cond_sampling_configs.yml': CONDITIONAL,
+                      'uncond_fewstep_sampling_configs.yml': FEW_STEP}
+# an entry of sampling_configs: the default of each key, and what we have for their words
 SAMPLING_DEFAULTS = dict(sampling_method='ode', num_sampling_steps=[50], cfgs=[1], sde_gamma=0.0,
                          self_cond_cfg_scales=[1.0], time_schedule='logit_normal')
-
-
-def sde(steps, gamma, w):
-    """An entry of theirs: the sampler at these numbers of steps."""
-    return dict(sampling_method='sde', num_sampling_steps=steps, sde_gamma=gamma,
-                self_cond_cfg_scales=[w])
-
-
-# their files of samplers [configs/sampling_configs]; 8 and 16 steps are from the paper
-UNCONDITIONAL, CONDITIONAL, FEW_STEP = (
-    f'{kind}_sampling_configs.yml' for kind in ('uncond', 'cond', 'uncond_fewstep'))
-PUBLISHED_SAMPLING = {
-    UNCONDITIONAL: [sde([32], 1.5, 3.0), sde([64], 1.0, 3.0), sde([8, 16], 2.0, 3.0)],
-    CONDITIONAL: [dict(sampling_method='ode', num_sampling_steps=[64], cfgs=[2])],
-    FEW_STEP: [sde([8, 4, 2, 1], 1.5, 2.5), sde([16, 32], 2.0, 2.0)]}
-PUBLISHED_SIZES = {(12, 768): 'ELF-B', (24, 1056): 'ELF-M', (32, 1280): 'ELF-L'}    # layers, width
+# the last of each is ours
+SAMPLING_CHOICES = dict(sampling_method=('ode', 'sde', 'sde_exact'),
+                        time_schedule=('logit_normal', 'uniform', 'quantile'))
 
 
 def read_config_yml(path, sizes):
     """The official config.yml beside a checkpoint -> settings for an ELFConfig, without sizes."""
     file = os.path.join(os.path.dirname(path), 'config.yml')
-    layers, width = sizes['n_layer'], sizes['n_embd']
-    size = PUBLISHED_SIZES.get((layers, width))
-    if not os.path.exists(file):
+    size = PUBLISHED_SIZES.get((sizes['n_layer'], sizes['n_embd'], sizes['n_head']))
+    if not os.path.lexists(file):
         print(f"no config.yml beside {path}: taking the published OpenWebText settings")
-        return read_sampling(dict(sampling_configs_path=UNCONDITIONAL), size)
+        return choose_sampler(UNCONDITIONAL, 64 if size in ('ELF-M', 'ELF-L') else 32)
     import yaml
     try:
         with open(file, encoding='utf-8') as f:
             official = yaml.safe_load(f) or {}
         official = {k: v for k, v in official.items() if v is not None}
-        settings = {}
-        for key, (name, default) in OFFICIAL_SETTINGS.items():
-            settings[name] = to_type(key, official.get(key, default), default)
-        settings |= read_sampling(official, size)
+        settings = {name: to_type(key, official.get(key, default), default)
+                    for key, (name, default) in OFFICIAL_SETTINGS.items()}
+        settings |= read_sampling(official, size or official.get('model', 'ELF-B'))
     except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as e:
         raise UserError(f"{file} is not readable as the official settings: {one_line(e)}") from None
     settings['tokenizer'] = settings['tokenizer'] or settings['encoder']
     if official.get('model', size) != size:
-        print(f"{file} says {official['model']}, the weights have n_layer={layers}, "
-              f"n_embd={width}; going by the weights")
+        print(f"{file} says {official['model']}, the weights have n_layer={sizes['n_layer']}, "
+              f"n_embd={sizes['n_embd']}; going by the weights")
     return settings
 
 
 def to_type(key, value, default):
     """The value as the type of default, if that keeps it: PyYAML reads 5e-2 as text. ValueError."""
     kind = type(default)
-    if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
+    wrong = isinstance(value, bool) or (kind is str and not isinstance(value, str))
+    if not wrong and kind is not str:
+        value = float(value)
+        wrong = not math.isfinite(value) or (kind is int and value % 1)
+    if wrong:
         raise ValueError(f"{key}: {value!r} is not of type {kind.__name__}")
-    number = 0.0 if kind is str else float(value)
-    if not math.isfinite(number) or (kind is int and number % 1):
-        raise ValueError(f"{key}: {value!r} is not of type {kind.__name__}")
-    return value if kind is str else kind(number)
+    return kind(value)
 
 
 def read_sampling(official, size):
-    """
-    The samplers in a config.yml -> sampler, steps, gamma, w, cfg; by_steps: what differs from them
-    at other numbers of steps. Their entries hold lists of values to try; the first one counts.
-    """
-    entries = list(official.get('sampling_configs', []))
+    """The samplers that a .yml has and those of the file it names -> settings. ValueError."""
+    entries = official.get('sampling_configs', [])
     named = os.path.basename(str(official.get('sampling_configs_path', '')))
+    published = PUBLISHED_SAMPLERS.get(named, {})
     if 'teacher_path' in official or 'pd_step_size' in official:        # progressive distillation
-        named = FEW_STEP
+        published = FEW_STEP
     elif official.get('max_input_length') and not entries and not named:
-        named = CONDITIONAL
-    entries += PUBLISHED_SAMPLING.get(named, [])
+        published = CONDITIONAL
     samplers = {}
-    for entry in entries or [{}]:
+    for entry in entries or ([] if published else [{}]):
         entry = SAMPLING_DEFAULTS | entry
-        if entry['sampling_method'] not in ('ode', 'sde', 'sde_exact'):                # theirs: two
-            raise ValueError(f"sampling_method: {entry['sampling_method']!r} is not known")
-        if entry['time_schedule'] not in ('logit_normal', 'quantile', 'uniform'):      # theirs: two
-            raise ValueError(f"time_schedule: {entry['time_schedule']!r} is not known")
+        for key, allowed in SAMPLING_CHOICES.items():
+            if entry[key] not in allowed:
+                raise ValueError(f"{key}: {entry[key]!r} is not known")
+        # lists hold values to try; the first one counts
         sampler = dict(sampler=entry['sampling_method'],
                        gamma=to_type('sde_gamma', entry['sde_gamma'], 0.0),
                        w=to_type('self_cond_cfg_scales', entry['self_cond_cfg_scales'][0], 0.0),
-                       cfg=to_type('cfgs', entry['cfgs'][0], 0.0), grid=entry['time_schedule'])
+                       cfg=to_type('cfgs', entry['cfgs'][0], 0.0),
+                       grid=entry['time_schedule'])
         for steps in entry['num_sampling_steps']:
             samplers.setdefault(to_type('num_sampling_steps', steps, 0), sampler)
-    steps = list(samplers)[0]
-    if named == UNCONDITIONAL and size in ('ELF-M', 'ELF-L'):
-        steps = 64
-    elif named == FEW_STEP:
-        steps = 8
-    settings = dict(samplers.pop(steps), steps=steps, by_steps={})
-    for name in ('sampler', 'steps', 'gamma', 'w', 'cfg'):      # our exports had these once
-        settings[name] = to_type(name, official.get(name, settings[name]), settings[name])
-    for steps, sampler in samplers.items():
-        settings['by_steps'][steps] = {k: x for k, x in sampler.items() if x != settings[k]}
-    return settings
+    samplers |= {k: x for k, x in published.items() if k not in samplers}
+    first = next(iter(samplers), 0)         # 0: no entry names a number of steps
+    if published is UNCONDITIONAL and size in ('ELF-M', 'ELF-L'):
+        first = 64
+    elif published is FEW_STEP:
+        first = 8
+    return choose_sampler(samplers, first)
+
+
+def choose_sampler(samplers, steps):
+    """
+    Samplers by number of steps -> sampler, steps, gamma, w, cfg, grid of one of them; by_steps:
+    what differs from these at the other numbers.
+    """
+    own = samplers[steps]
+    by_steps = {n: {k: x for k, x in other.items() if x != own[k]}
+                for n, other in samplers.items() if n != steps}
+    return dict(own, steps=steps, by_steps=by_steps)

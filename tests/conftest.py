@@ -82,15 +82,18 @@ def run(monkeypatch, capsys):
     """
     def run(script, *args):
         monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
-        monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+        for name in ('excepthook', 'stdout', 'stderr'):     # configure() replaces them
+            monkeypatch.setattr(sys, name, getattr(sys, name))
         capsys.readouterr()
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         handlers = {number: signal.getsignal(number) for number in numbers}
         try:
             run.globals = runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
         return capsys.readouterr().out
     return run
 

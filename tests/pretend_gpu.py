@@ -120,7 +120,7 @@ def install(monkeypatch):
     save, autocast = torch.save, torch.autocast
 
     def pick_device(device, dtype):
-        return torch.device('meta'), False, 'a pretended GPU'
+        return torch.device('meta'), False, 'meta (a pretended GPU)'
 
     def save_inside(content, *args):
         return save(tree_map(inside, content), *args)
@@ -129,6 +129,7 @@ def install(monkeypatch):
         return nullcontext() if kind == 'meta' else autocast(kind, *args, **kwargs)
 
     monkeypatch.setattr(device, 'pick_device', pick_device)
+    monkeypatch.setattr(device, 'IN_BACKGROUND', ('meta',))
     monkeypatch.setattr(torch, 'Generator', Generator)
     monkeypatch.setattr(torch, 'save', save_inside)
     monkeypatch.setattr(torch, 'autocast', no_autocast)

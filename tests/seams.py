@@ -1,7 +1,7 @@
 """
 What prompts are worth: real rows with a part filled in, judged by n-grams of the training text.
 
-    python tests/seams.py out/demo data pydocs 100      # model, data_dir, dataset, rows
+    python tests/seams.py out/pydocs data pydocs 100      # model, data_dir, dataset, rows
 
 Nats per character (5-gram) and per token (3-gram) over what was filled in and what comes after it
 and has it in its context. pasted: the same places of an unconditional sample; held: as sample.py
@@ -19,9 +19,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import sample  # noqa: E402, found by the path above
 from parts.data import load_tokenizer, open_bins, open_split, read_row  # noqa: E402
 from parts.device import pack_linears  # noqa: E402
-from parts.metrics import ngram_p, signs, train_ngram  # noqa: E402
+from parts.metrics import ngram_p, train_ngram  # noqa: E402
 from model import ELF, TextEncoder  # noqa: E402
-from parts.page import split  # noqa: E402
+from parts.page import token_texts  # noqa: E402
 
 
 def rows_of(meta, which, n):
@@ -31,11 +31,16 @@ def rows_of(meta, which, n):
     return [read_row(ids, index, r)[1].tolist() for r in numbers]
 
 
-def nats_at(pieces, start, end, ngram):
-    """-log P of the signs of pieces start to end and of those they touch -> sum, count."""
-    text, reach = ''.join(pieces), ngram[0] - 1
-    first = len(''.join(pieces[:start]))
-    last = min(len(''.join(pieces[:end])) + reach, len(text))
+def signs(ids):
+    """Ids as a text with one sign for each."""
+    return ''.join(map(chr, ids))
+
+
+def nats_at(tokens, start, end, ngram):
+    """-log P of the characters of tokens start to end and of those they touch -> sum, count."""
+    text, reach = ''.join(tokens), ngram[0] - 1
+    first = len(''.join(tokens[:start]))
+    last = min(len(''.join(tokens[:end])) + reach, len(text))
     nats = 0.0
     for i in range(first, last):
         nats -= math.log(ngram_p(text[i], text[max(0, i - reach):i], ngram))
@@ -53,13 +58,13 @@ def main(source, data_dir, dataset, n):
     of_tokens = train_ngram(map(signs, train), 3)
     rows = [ids[:c.max_length] for ids in rows_of(meta, 'val', 3 * n)]
     rows = [ids for ids in rows if len(ids) > 0.8 * c.max_length][:n]
-    how = sample.resolve_sampling(c)
+    sampling = sample.resolve_sampling(c)
     device, held = torch.device('cpu'), sample.generate
 
     def clean(*args, noisy_cond, **kwargs):
         return held(*args, **kwargs)
 
-    free = list(sample.sample_texts(model, tokenizer, range(len(rows)), 50, 0, device, how))
+    free = list(sample.sample_texts(model, tokenizer, range(len(rows)), 50, 0, device, sampling))
     for name, part in (('middle third', (1 / 3, 2 / 3)), ('second half', (0.5, 1))):
         sums = {}
         for i, ids in enumerate(rows):
@@ -70,11 +75,11 @@ def main(source, data_dir, dataset, n):
             filled = dict(real=ids, pasted=ids[:start] + free[i]['ids'][start:end] + ids[end:])
             for kind, generate in (('held', held), ('clean', clean)):
                 sample.generate = generate
-                text, = sample.sample_texts(model, tokenizer, [i], 1, 0, device, how, None, encoder,
-                                            prompt=(row, known))
+                text, = sample.sample_texts(model, tokenizer, [i], 1, 0, device, sampling,
+                                            (row, known), encoder)
                 filled[kind] = text['ids']
             for kind, ids_of in filled.items():
-                by_chars = nats_at(split(ids_of, tokenizer), start, end, of_chars)
+                by_chars = nats_at(token_texts(ids_of, tokenizer), start, end, of_chars)
                 by_tokens = nats_at(signs(ids_of), start, end, of_tokens)
                 sums.setdefault(kind, []).append((by_chars, by_tokens))
         for kind, of_rows in sums.items():

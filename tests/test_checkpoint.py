@@ -2,13 +2,18 @@
 Checkpoints: ours whole or not at all, which file is taken, official weights and settings, refusals.
     python -m pytest -q tests/test_checkpoint.py
 """
+import contextlib
 import errno
 import fcntl
 import io
+import json
 import os
 import pickle
 import random
 import resource
+import shutil
+import tempfile
+import zipfile
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -17,10 +22,11 @@ import torch
 from conftest import ROOT
 
 from parts import checkpoint
-from parts.checkpoint import (find_checkpoint, load_checkpoint, lock, newest_checkpoint,
+from parts.checkpoint import (carry, find_checkpoint, load_checkpoint, lock, newest_checkpoint,
                               save_checkpoint)
+from parts.data import load_tokenizer
 from configurator import UserError
-from model import ELF, MODELS, ELFConfig
+from model import ELF, MODELS, ELFConfig, TextEncoder
 
 GOLDEN = os.path.join(ROOT, 'tests', 'golden')
 SMALL = ELFConfig(n_layer=2, n_embd=32, n_head=2, vocab_size=29, latent_dim=8, bottleneck=4,
@@ -87,6 +93,64 @@ def test_a_damaged_one_never_replaces_the_good_one_before_it(tmp_path, how, caps
     assert load_checkpoint(str(newest))['iter_num'] == 3
     assert (tmp_path / 'damaged_ckpt.pt').exists() == (how != 'gone')
     assert capsys.readouterr().out.count('damaged_ckpt.pt') == (how != 'gone')
+
+
+def test_a_save_reads_nothing(tmp_path, monkeypatch):
+    """A checkpoint of gigabytes is checked when it is loaded, not each time the next is written."""
+    save_checkpoint(str(tmp_path), state_of_a_run(1))
+
+    def read(*args, **kwargs):
+        raise AssertionError("it was read")
+    with monkeypatch.context() as m:
+        m.setattr(zipfile.ZipFile, 'testzip', read)
+        m.setattr(torch, 'load', read)
+        save_checkpoint(str(tmp_path), state_of_a_run(2))
+    assert steps_in(tmp_path) == {'ckpt.pt': 2, 'ckpt_prev.pt': 1}
+
+
+@contextlib.contextmanager
+def closed_to_us(path):
+    """The file or folder without permission; root, who may read all, is somebody else meanwhile."""
+    os.chmod(path, 0)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        os.chmod(path, 0o755)
+
+
+def test_no_permission():
+    with tempfile.TemporaryDirectory() as folder:       # pytest's tmp_path is closed to others
+        os.chmod(folder, 0o755)
+        run, path = os.path.join(folder, 'run'), os.path.join(folder, 'run', 'ckpt.pt')
+        os.makedirs(run)
+        for i in (1, 2):
+            save_checkpoint(run, state_of_a_run(i))
+        for closed in (run, path):
+            with closed_to_us(closed):
+                for look in (find_checkpoint, ELF.from_pretrained):
+                    with pytest.raises(UserError, match=f'cannot read {closed}: Permission denied'):
+                        look(closed)
+        with closed_to_us(path):        # it is not damaged: the run must not go on from the older
+            for look in (ELF.from_pretrained, newest_checkpoint):
+                with pytest.raises(UserError, match=f'cannot read {path}: Permission denied'):
+                    look(run)
+        assert newest_checkpoint(run)[1]['iter_num'] == 2
+
+
+def test_links_to_nothing(tmp_path):
+    save_checkpoint(str(tmp_path), state_of_a_run(1))
+    path = str(tmp_path / 'ckpt.pt')
+    os.rename(path, tmp_path / 'ckpt_prev.pt')
+    os.symlink('gone.pt', path)
+    for look, source in ((find_checkpoint, path), (find_checkpoint, str(tmp_path)),
+                         (newest_checkpoint, str(tmp_path))):
+        with pytest.raises(UserError, match=f'cannot read {path}: No such file'):
+            look(source)
 
 
 def test_nothing_to_go_on_from(tmp_path, capsys):
@@ -267,7 +331,7 @@ def test_to_official_copies():
 
 
 def test_our_checkpoint_keeps_its_settings(tmp_path):
-    net = small(t_eps=0.01, encoder='data/demo/encoder', sampler='ode', gelu='none',
+    net = small(t_eps=0.01, encoder='t5-base', sampler='ode', gelu='none',
                 by_steps={8: dict(gamma=2.0)})
     ckpt = dict(model=ELF(net.config).state_dict(), ema=net.state_dict(),
                 model_args=asdict(net.config))
@@ -314,13 +378,130 @@ def test_weights_that_do_not_fit(tmp_path, change, says):
         ELF.from_pretrained(save(tmp_path / 'checkpoint_1', {'ema_params1': state}))
 
 # --------------------------------------------------------------------------------------------------
+# whole: tokenizer and encoder
+
+OF_THE_BINS = dict(vocab_size=30, latent_dim=16, max_length=13, latent_std=1.0)
+
+
+def write_run(out_dir, bins, **more):
+    """A run's checkpoint as train.py writes it -> ELFConfig. more: of the checkpoint's dict."""
+    parts = {part: str(bins / 'tiny' / part) for part in ('tokenizer', 'encoder')}
+    net = small(**OF_THE_BINS, **parts)
+    out_dir.mkdir(exist_ok=True)
+    args = more.pop('model_args', None) or asdict(carry(net.config, str(out_dir)))
+    save_checkpoint(str(out_dir), state_of_a_run(1) | dict(
+        model=net.state_dict(), ema=net.state_dict(), model_args=args) | more)
+    return net.config
+
+
+def old_run(out_dir, bins):
+    """As older versions wrote it: tokenizer and encoder are those of the set, by their paths."""
+    meta = json.loads((bins / 'tiny' / 'meta.json').read_text())
+    parts = {part: str(bins / 'tiny' / part) for part in ('tokenizer', 'encoder')}
+    write_run(out_dir, bins, data=dict(checksums=meta['checksums']),
+              model_args=asdict(small(**OF_THE_BINS, **parts).config))
+
+
+def test_a_run_is_whole(bins, tmp_path):
+    c = write_run(tmp_path / 'run', bins)
+    args = load_checkpoint(str(tmp_path / 'run' / 'ckpt.pt'))['model_args']
+    assert (args['tokenizer'], args['encoder']) == ('tokenizer', 'encoder')
+    shutil.move(tmp_path / 'run', tmp_path / 'moved')
+    (tmp_path / 'ckpt.pt').symlink_to('moved/ckpt.pt')
+    for source in ('moved', 'moved/ckpt.pt'):
+        got = ELF.from_pretrained(str(tmp_path / source)).config
+        assert got.tokenizer == str(tmp_path / 'moved' / 'tokenizer')
+        assert load_tokenizer(got.tokenizer, 30).encode('abc') == \
+            load_tokenizer(c.tokenizer).encode('abc')
+        assert same(TextEncoder(got.encoder).state_dict(), TextEncoder(c.encoder).state_dict())
+
+
+def test_a_checkpoint_in_the_working_directory(bins, tmp_path, monkeypatch):
+    write_run(tmp_path, bins)
+    monkeypatch.chdir(tmp_path)
+    assert len(load_tokenizer(ELF.from_pretrained('ckpt.pt').config.tokenizer)) == 30
+
+
+def test_carry(bins, tmp_path):
+    c = small(tokenizer=str(bins / 'tiny' / 'tokenizer'), encoder='t5-small').config
+    for _ in range(2):                                  # the second time: a run that is resumed
+        got = carry(c, str(tmp_path))
+        assert (got.tokenizer, got.encoder) == ('tokenizer', 't5-small')
+        assert os.listdir(tmp_path) == ['tokenizer']
+    (tmp_path / 'tokenizer' / '.DS_Store').touch()
+    carry(c, str(tmp_path))
+    (tmp_path / 'tokenizer' / 'tokenizer.json').write_text('{}')
+    with pytest.raises(UserError, match='is another tokenizer than .*choose another folder'):
+        carry(c, str(tmp_path))
+    assert (tmp_path / 'tokenizer' / 'tokenizer.json').read_text() == '{}'
+    assert sorted(os.listdir(tmp_path)) == ['tokenizer']
+
+
+def test_carry_takes_what_is_read(bins, tmp_path):
+    """One read-only folder that is both, with links, and weights of another framework."""
+    t5 = tmp_path / 't5'
+    for part in ('tokenizer', 'encoder'):
+        shutil.copytree(bins / 'tiny' / part, t5, dirs_exist_ok=True)
+    os.rename(t5 / 'model.safetensors', tmp_path / 'blob')
+    (t5 / 'model.safetensors').symlink_to(tmp_path / 'blob')
+    (t5 / 'tf_model.h5').write_bytes(b'x')
+    t5.chmod(0o555)
+    carry(small(tokenizer=str(t5), encoder=str(t5)).config, str(tmp_path / 'run'))
+    assert not (tmp_path / 'run' / 'tokenizer' / 'model.safetensors').exists()
+    weights = tmp_path / 'run' / 'encoder' / 'model.safetensors'
+    assert weights.is_file() and not weights.is_symlink()
+    assert not (tmp_path / 'run' / 'encoder' / 'tf_model.h5').exists()
+    assert os.access(tmp_path / 'run' / 'encoder', os.W_OK)
+
+
+def test_a_copy_that_fails(bins, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(UserError, match='cannot copy the tokenizer .*File too large') as e:
+            carry(small(tokenizer=str(bins / 'tiny' / 'tokenizer')).config, str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert '\n' not in str(e.value) and os.listdir(tmp_path) == []
+
+
+def test_a_file_without_its_folders(bins, tmp_path, monkeypatch):
+    write_run(tmp_path / 'run', bins)
+    (tmp_path / 'other').mkdir()
+    shutil.copy(tmp_path / 'run' / 'ckpt.pt', tmp_path / 'other')
+    monkeypatch.chdir(tmp_path / 'run')                 # another model's, which must not be taken
+    with pytest.raises(UserError, match='other/ckpt.pt needs its tokenizer.* copy it from .* to '
+                                        f'{tmp_path}/other/tokenizer'):
+        ELF.from_pretrained(str(tmp_path / 'other'))
+
+
+def test_a_run_of_older_versions(bins, tmp_path):
+    """Its tokenizer is where it was; gone; that of another set by the same name; put beside it."""
+    data, run = tmp_path / 'data', tmp_path / 'run'
+    shutil.copytree(bins / 'tiny', data / 'tiny')
+    old_run(run, data)
+    assert ELF.from_pretrained(str(run)).config.tokenizer == str(data / 'tiny' / 'tokenizer')
+    meta = json.loads((data / 'tiny' / 'meta.json').read_text())
+    meta['checksums']['train.bin'] = 'f' * 64
+    (data / 'tiny' / 'meta.json').write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=f'but {data}/tiny was prepared again since'):
+        ELF.from_pretrained(str(run))
+    shutil.move(data, tmp_path / 'elsewhere')
+    with pytest.raises(UserError, match=f'needs its tokenizer, and {data}/tiny/tokenizer is not'):
+        ELF.from_pretrained(str(run))
+    for part in ('tokenizer', 'encoder'):
+        shutil.copytree(bins / 'tiny' / part, run / part)
+    c = ELF.from_pretrained(str(run)).config
+    assert (c.tokenizer, c.encoder) == (str(run / 'tokenizer'), str(run / 'encoder'))
+
+# --------------------------------------------------------------------------------------------------
 # config.yml
 
 def settings(folder, text, **sizes):
     """What config.yml of this text beside weights of these sizes, small ones by default, sets."""
     (folder / 'config.yml').write_text(text)
     return checkpoint.read_config_yml(str(folder / 'checkpoint_1'),
-                                      dict(n_layer=2, n_embd=32) | sizes)
+                                      dict(n_layer=2, n_embd=32, n_head=2) | sizes)
 
 
 def test_config_yml(tmp_path, capsys):
@@ -355,6 +536,8 @@ def test_a_missing_key_is_the_default_of_their_class(tmp_path):
 
 
 SDE = dict(sampler='sde', w=3.0, cfg=1.0)
+OF_SIZE_B, OF_SIZE_M, OF_SIZE_L = ({k: asdict(c)[k] for k in ('n_layer', 'n_embd', 'n_head')}
+                                   for c in MODELS.values())
 CONDITIONAL = dict(sampler='ode', steps=64, gamma=0.0, w=1.0, cfg=2.0, by_steps={})
 UNCOND = 'sampling_configs_path: src/configs/sampling_configs/uncond_sampling_configs.yml\n'
 FEW = {4: {}, 2: {}, 1: {}, 16: dict(gamma=2.0, w=2.0), 32: dict(gamma=2.0, w=2.0)}
@@ -368,9 +551,9 @@ self_cond_cfg_scales: [2], time_schedule: logit_normal}
 
 
 @pytest.mark.parametrize('text, sizes, want', [
-    (UNCOND, dict(n_layer=12, n_embd=768), SDE | dict(steps=32, gamma=1.5, by_steps=OF_B)),
-    (UNCOND, dict(n_layer=24, n_embd=1056), SDE | dict(steps=64, gamma=1.0, by_steps=OF_M)),
-    (UNCOND, dict(n_layer=32, n_embd=1280), SDE | dict(steps=64, gamma=1.0, by_steps=OF_M)),
+    (UNCOND, OF_SIZE_B, SDE | dict(steps=32, gamma=1.5, by_steps=OF_B)),
+    (UNCOND, OF_SIZE_M, SDE | dict(steps=64, gamma=1.0, by_steps=OF_M)),
+    (UNCOND, OF_SIZE_L, SDE | dict(steps=64, gamma=1.0, by_steps=OF_M)),
     ('max_input_length: 1024', {}, CONDITIONAL),
     ('sampling_configs_path: x/cond_sampling_configs.yml', {}, CONDITIONAL),
     ('teacher_path: x', {}, dict(sampler='sde', steps=8, gamma=1.5, w=2.5, cfg=1.0, by_steps=FEW)),
@@ -378,9 +561,7 @@ self_cond_cfg_scales: [2], time_schedule: logit_normal}
     (UNCOND.replace('uncond', 'uncond_fewstep'), {}, dict(steps=8, gamma=1.5, w=2.5, by_steps=FEW)),
     (EMBEDDED, {}, dict(sampler='sde', steps=20, gamma=1.2, w=2.0, by_steps={
         40: {}, 64: dict(sampler='ode', gamma=0.0), 32: dict(gamma=1.5, w=3.0),
-        8: dict(gamma=2.0, w=3.0), 16: dict(gamma=2.0, w=3.0)})),
-    ('sampler: sde\nsteps: 5\ngamma: 1\nw: 2\ncfg: 1.5', {},      # our exports, once
-     dict(sampler='sde', steps=5, gamma=1.0, w=2.0, cfg=1.5, by_steps={}))])
+        8: dict(gamma=2.0, w=3.0), 16: dict(gamma=2.0, w=3.0)}))])
 def test_samplers(tmp_path, text, sizes, want):
     got = settings(tmp_path, text, **sizes)
     assert {name: got[name] for name in want} == want
@@ -400,7 +581,7 @@ def test_published_models_without_config_yml(tmp_path):
     'sampling_configs: 3', 'sampling_configs: [3]', 'sampling_configs: {a: 1}',
     'sampling_configs: [{cfgs: []}]', 'sampling_configs: [{num_sampling_steps: []}]',
     'sampling_configs: [{num_sampling_steps: 5}]', 'sampling_configs: [{sampling_method: heun}]',
-    'sampling_configs: [{sde_gamma: x}]', 'steps: many', 'a: \x00'])
+    'sampling_configs: [{sde_gamma: x}]', 'a: \x00'])
 def test_bad_config_yml(tmp_path, text):
     with pytest.raises(UserError, match=r'config\.yml is not readable') as e:
         settings(tmp_path, text)

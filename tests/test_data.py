@@ -2,7 +2,10 @@
 data.py: bins read and refused, the order of rows, what a batch says of itself, text files.
     python -m pytest -q tests/test_data.py
 """
+import bz2
+import gzip
 import json
+import lzma
 import os
 import random
 import re
@@ -95,6 +98,22 @@ def test_damaged_bins_are_refused(tiny_set, name):
         refused(tiny_set, verify=True)
 
 
+def test_bins_without_permission_are_not_called_damaged(tiny_set, monkeypatch):
+    def no(file, **how):
+        raise PermissionError(13, 'Permission denied', str(file))
+    monkeypatch.setattr(np, 'load', no)
+    with pytest.raises(UserError, match='^cannot read .*train.idx.npy: Permission denied$'):
+        open_bins(str(tiny_set.parent), 'tiny')
+
+
+def test_rows_without_eos_are_refused(tmp_path):
+    good, bad = [([5, 1], [6, 1]), ([], [7, 1])], [([5], [6, 1]), ([], [7, 1, 0])]
+    assert write_split(str(tmp_path), 'val', good * 600, np.uint16, 9, eos=1)[0] == 1200
+    for n, row in enumerate(bad):
+        with pytest.raises(UserError, match=f'row {1200 + n} of val .* end in EOS, 1; take'):
+            write_split(str(tmp_path), 'val', good * 600 + good[:n] + [row], np.uint16, 9, eos=1)
+
+
 def test_read_row():
     ids, index = np.arange(9).view(np.memmap), np.array([[0, 2], [3, 3], [5, 9]])
     ids.filename = 'train.bin'
@@ -179,6 +198,14 @@ def test_json_lines(tmp_path):
     assert os.listdir(tmp_path) == ['x.jsonl']
     (first, a), (_, b) = read_jsonl(file)
     assert first == f'{file}, line 1' and a == dict(input='é', x=None) and b['source'] == 'b'
+    pairs = list(read_jsonl(file))
+    for name, pack in (('gz', gzip), ('bz2', bz2), ('xz', lzma)):
+        (tmp_path / f'{name}.jsonl.{name}').write_bytes(pack.compress(open(file, 'rb').read()))
+        assert [row for _, row in read_jsonl(str(tmp_path / f'{name}.jsonl.{name}'))] == [
+            row for _, row in pairs]
+    (tmp_path / 'half.jsonl').write_text('{"input": "a\\ud83d\\ude00"}\n{"input": "\\ud83d"}\n')
+    with pytest.raises(UserError, match='half.jsonl, line 2 is no JSON object'):
+        list(read_jsonl(str(tmp_path / 'half.jsonl')))
     with pytest.raises(TypeError):      # what cannot be written leaves the old file
         write_jsonl(file, [dict(input='new'), dict(input=object())])
     assert [row['input'] for row in read_inputs(file)] == ['é', 'c']

@@ -9,8 +9,8 @@ from conftest import metrics, same_state
 from test_model import batch, golden, official, rel, small  # noqa: F401, official is a fixture
 
 from configurator import UserError
-from parts.distill import distill_loss, draw_times, pd_target
 from model import ELF
+from parts.distill import StudentDraws, distill_loss, draw_student, pd_target
 from sample import resolve_sampling
 
 
@@ -30,31 +30,35 @@ def test_targets_are_the_official_ones(official, case):
     assert rel(target[~cond], p[f'{case}/target'][~cond]) < 1e-5
 
 
-def test_times_stay_in_the_step_and_rise():
+def test_stops_rise_from_0_to_1_and_lie_as_t_does():
     c = small().config
-    t = torch.rand(500, generator=torch.Generator().manual_seed(0))
-    times = draw_times(c, t, 4, 8, torch.Generator().manual_seed(1))
-    assert times.shape == (500, 9)
-    assert torch.allclose(times[:, 0], 0.75 * t) and torch.allclose(times[:, -1], 0.75 * t + 0.25)
-    assert (times.diff(dim=1) >= 0).all()
-    inner = ((times[:, 1:-1] - times[:, :1]) * 4).logit()
+    stops = draw_student(8, c, 500, 2, torch.Generator().manual_seed(1), 'cpu').stops
+    assert stops.shape == (500, 9) and (stops.diff(dim=1) >= 0).all()
+    assert stops[:, 0].unique().tolist() == [0] and stops[:, -1].unique().tolist() == [1]
+    inner = stops[:, 1:-1].logit()
     assert abs(inner.mean() - c.t_mean) < 0.05 and abs(inner.std() - c.t_std) < 0.05
-    assert draw_times(c, t, 1, 1, None).unique().tolist() == [0, 1]
+    assert draw_student(1, c, 5, 2, torch.Generator(), 'cpu').stops.unique().tolist() == [0, 1]
+
+
+STEPS = 4       # of the student
 
 
 def losses(**flags):
-    """A student, its teacher, and what distill_loss gives for a batch with these flags."""
+    """A student, its teacher, and what distill_loss gets of a batch with these flags."""
     student, teacher = small(0), small(1)
     x0, tokens, mask, cond, d = batch(student, **flags)
-    times = draw_times(student.config, d.t, 4, 3, torch.Generator().manual_seed(2))
-    return student, teacher, (x0, tokens, mask, cond, d, times)
+    generator = torch.Generator().manual_seed(2)
+    stops = draw_student(3, student.config, len(x0), 2, generator, 'cpu').stops
+    return student, teacher, (x0, tokens, mask, cond, StudentDraws(**vars(d), stops=stops))
 
 
 def test_a_row_is_compared_with_what_the_teacher_reaches():
     """Row by row, as the official step has it, with z, guess and target made by hand."""
     flags = dict(is_decode=[0, 1, 0, 0, 1, 0], self_cond=[1, 1, 0, 1, 0, 0], drop_cond=False)
-    student, teacher, (x0, tokens, mask, cond, d, times) = losses(**flags)
-    loss, parts = distill_loss(student, teacher, x0, tokens, mask, cond, d, times)
+    student, teacher, (x0, tokens, mask, cond, d) = losses(**flags)
+    loss, parts = distill_loss(teacher, STEPS, student, x0, tokens, mask, cond, d)
+    # a step of a quarter, which starts where it ends before 1, divided as the stops divide
+    times = (0.75 * d.t)[:, None] + 0.25 * d.stops
     want = []
     for i in range(6):
         keep, w, s = cond[i:i + 1, :, None].bool(), d.w[i:i + 1], times[i:i + 1, 0]
@@ -77,16 +81,16 @@ def test_a_row_is_compared_with_what_the_teacher_reaches():
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_one_step():
-    student, _, (x0, tokens, mask, cond, d, times) = losses(is_decode=False)
+    student, _, (x0, tokens, mask, cond, d) = losses(is_decode=False)
     d.self_cond[:] = True
-    times = times[:, [0, -1]]       # the teacher walks in one step, too
-    loss, _ = distill_loss(student, student, x0, tokens, mask, cond, d, times)
+    d.stops = d.stops[:, [0, -1]]       # the teacher walks in one step, too
+    loss, _ = distill_loss(student, STEPS, student, x0, tokens, mask, cond, d)
     assert loss.item() < 1e-10
 
 
 def test_the_teacher_gets_no_gradient_and_the_student_all():
     student, teacher, args = losses(is_decode=[0, 1, 0, 0, 1, 0])
-    distill_loss(student, teacher, *args)[0].backward()
+    distill_loss(teacher, STEPS, student, *args)[0].backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad is not None for p in student.parameters())
 
@@ -117,6 +121,20 @@ def test_a_student_resumes_bit_for_bit_and_takes_its_sampling_along(run, tiny, t
     run('sample.py', f'--init_from={tmp_path}/published', f'--out_dir={tmp_path}/out',
         '--num_samples=2', '--device=cpu')
     assert (tmp_path / 'out' / 'samples.jsonl').read_text() == texts
+
+
+def test_teacher_and_substeps_are_those_asked_for(run, tiny, tmp_path):
+    """The first loss is of the same weights on the same rows: only what is learned from differs."""
+    for name, seed in (('a', 1), ('b', 2)):
+        run('train.py', *tiny, f'--out_dir={tmp_path}/{name}', '--max_iters=3', f'--seed={seed}')
+    first = {}
+    for teacher, substeps in (('a', 3), ('b', 3), ('a', 1)):
+        out = tmp_path / f'{teacher}{substeps}'
+        run('train.py', *tiny, f'--init_from={tmp_path}/a', f'--teacher={tmp_path}/{teacher}',
+            '--distill_steps=2', f'--distill_substeps={substeps}', f'--out_dir={out}',
+            '--max_iters=1', '--self_cond_prob=0', '--decoder_prob=0')
+        first[out.name] = next(row['loss'] for row in metrics(out) if 'loss' in row)
+    assert len(set(first.values())) == 3, first
 
 
 def test_another_teacher_of_a_resumed_student_is_refused(run, tiny, tmp_path):

@@ -2,11 +2,11 @@
 The validation loss, the curves, and the command on a file and on a model, alone and with two ranks.
     python -m pytest -q tests/test_eval.py
 """
+import dataclasses
 import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -18,10 +18,13 @@ from test_metrics import OUTPUTS, SHARED, judge, mean_entropy, needs_shared  # n
 from transformers import AutoTokenizer
 
 import eval as eval_py
+import sample
 from configurator import UserError
+from parts import device
 from parts.data import open_bins
-from eval import bin_rows, estimate_loss, plot_losses, read_samples, read_series, t_edges
-from model import ELF, ELFConfig, TextEncoder, draw
+from eval import bin_rows, estimate_loss, plot_losses, read_samples, write_few
+from model import ELF, ELFConfig, TextEncoder, compute_loss, draw
+from parts.plots import read_series
 
 
 @pytest.fixture
@@ -69,35 +72,53 @@ def validation(bins):
     return net, TextEncoder(meta['encoder'], 0.0, 1.0), meta, 7, 8, torch.device('cpu')
 
 
-def test_validation_draws_t_from_each_bin_in_turn(validation, monkeypatch):
-    c, times, real = validation[0].config, [], eval_py.compute_loss
+def test_validation_draws_t_from_each_fifth_in_turn(validation):
+    c, times = validation[0].config, []
 
     def watched(net, *args):
         times.append(args[-1].t)
-        return real(net, *args)
+        return compute_loss(net, *args)
 
-    monkeypatch.setattr(eval_py, 'compute_loss', watched)
-    got, edges = estimate_loss(*validation), t_edges(c)
+    got = estimate_loss(*validation, watched)
+    trained = draw(c, 20000, 1, torch.Generator().manual_seed(0), torch.device('cpu')).t
+    edges = [0, *trained.quantile(torch.arange(1, 5) / 5).tolist(), 1]
     assert len(times) == 10 and len(got['l2_bins']) == 5
     for k, t in enumerate(times):
-        assert edges[k % 5] <= t.min() and t.max() <= edges[k % 5 + 1]
+        assert edges[k % 5] - 0.01 <= t.min() and t.max() <= edges[k % 5 + 1] + 0.01
     assert got['l2'] == pytest.approx(np.mean(got['l2_bins']))
     assert got['loss'] == pytest.approx(0.8 * got['l2'] + 0.2 * got['ce'])
-    trained = draw(c, 20000, 1, torch.Generator().manual_seed(0), torch.device('cpu')).t
-    counts = torch.histogram(trained, torch.tensor(edges)).hist
-    assert (counts / 20000 - 0.2).abs().max() < 0.01, 'bins of equal probability'
+    assert got == estimate_loss(*validation)
 
 
 def test_validation_loss_is_the_same_for_any_number_of_ranks(validation, monkeypatch):
     alone, shares = estimate_loss(*validation), []
 
-    def gather(parts, group):
+    def gather(parts):
         shares.append(dict(parts))
         return shares if len(shares) == 3 else [dict.fromkeys(range(10), {})]   # the last has all
 
     monkeypatch.setattr(eval_py, 'gather', gather)
-    together = [estimate_loss(*validation, rank, 3) for rank in range(3)][-1]
+    for rank in range(3):
+        monkeypatch.setattr(eval_py, 'rank_and_world', lambda: (rank, 3))
+        together = estimate_loss(*validation)
     assert together == alone and math.isfinite(alone['loss'])
+
+
+def test_a_few_texts_of_a_set_of_ids_with_conditions_alone(validation, bins, tmp_path):
+    """There is no val.jsonl: the conditions are in the bins."""
+    net, encoder, meta, *_ = validation
+    shutil.copytree(bins / 'tiny', tmp_path / 'pairs')
+    index = np.load(tmp_path / 'pairs' / 'val.idx.npy')
+    index[:, 1] += 3
+    np.save(tmp_path / 'pairs' / 'val.idx.npy', index)
+    net.config = dataclasses.replace(net.config, max_input_length=5, steps=2)
+    ids = np.fromfile(tmp_path / 'pairs' / 'val.bin', np.uint16)[:3]
+    write_few(net.eval(), encoder, meta | dict(dir=str(tmp_path / 'pairs')),
+              str(tmp_path / 'few.jsonl'), 1)
+    with open(tmp_path / 'few.jsonl', encoding='utf-8') as f:
+        rows = [json.loads(line) for line in f]
+    assert [row['id'] for row in rows] == [0, 1, 2, 3] and 'ids' not in rows[0]
+    assert rows[0]['input'] == ''.join('abcd'[i - 4] for i in ids)
 
 
 def test_curves_take_the_last_line_of_an_iteration(tmp_path, capsys):
@@ -129,9 +150,20 @@ def test_official_de_en_scores(evaluate, tmp_path):
     assert last['rouge2'] == 33.30888909160917
     assert last['rougeL'] == 53.81862131068937
     assert last['texts'] == 1000 and last['judge'] == 'none' and last['bleu_cased'] < last['bleu']
+    assert 0 < last['exact'] < 0.1 and last['first_wrong'] >= 1
     targets = load_from_disk(folder)['target']
     file.write_text(''.join(json.dumps(dict(target=target)) + '\n' for target in targets))
     assert read_samples(texts, str(file)) == read_samples(texts, folder)
+
+
+@needs_shared
+def test_entropy_in_gpt2s_tokens_without_gpt2(evaluate, tmp_path):
+    """As a reproduction published it, from a folder of OpenAI's files."""
+    last = evaluate(f'--samples={OUTPUTS}/ugness_lightning/epoch_004.jsonl', '--judge=none',
+                    f'--gpt2={SHARED}/gpt2', f'--out_dir={tmp_path}')
+    assert last['entropy'] == pytest.approx(5.157374851007953, rel=1e-7)
+    assert 0.9 < last['distinct_4_judge'] < 1 and 'gen_ppl' not in last
+    assert 'j dist-4' in evaluate.out
 
 
 def test_references_go_by_id(tmp_path):
@@ -212,16 +244,13 @@ def test_broken_file_is_one_line(evaluate, tmp_path, text, said):
         evaluate(f"--samples={tmp_path / 'bad.jsonl'}", f'--out_dir={tmp_path}')
 
 
-def test_only_the_first_rank_scores_a_file(evaluate, tmp_path, monkeypatch):
+def test_only_the_first_rank_scores_a_file(tmp_path):
     (tmp_path / 'texts.jsonl').write_text('{"text": "a", "target": "a"}\n')
-    monkeypatch.setenv('WORLD_SIZE', '2')
     args = [f"--samples={tmp_path / 'texts.jsonl'}", f'--out_dir={tmp_path}']
-    monkeypatch.setenv('RANK', '1')
-    with pytest.raises(SystemExit) as end:
-        evaluate(*args)
-    assert not end.value.code and not (tmp_path / 'metrics.jsonl').exists()
-    monkeypatch.setenv('RANK', '0')
-    assert evaluate(*args)['texts'] == 1
+    got = eval_command(*args, ranks=2)
+    assert got.returncode == 0, got.stderr
+    assert (tmp_path / 'metrics.jsonl').read_text().count('\n') == 1
+    assert json.loads(got.stdout.splitlines()[-1])['exact'] == 1
 
 
 def test_exit_code(tmp_path, monkeypatch):
@@ -233,10 +262,18 @@ def test_exit_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('arg', ['num_samples=0', 'batch_size=0', 'judge_batch_size=0', 'seed=-1',
-                                 'eval_iters=-1', 'seeds=1,', 'seeds=1.5'])
+                                 'eval_iters=-1', 'seeds=1,', 'seeds=1.5', 'steps=0',
+                                 'sampler=sdf', 'references=x.jsonl', 'gamma=-2'])
 def test_settings_out_of_range(evaluate, arg):
     with pytest.raises(UserError, match=arg.partition('=')[0]):
         evaluate('--' + arg)
+
+
+@pytest.mark.parametrize('arg', ['num_samples=5', 'steps=8', 'cfg=2', 'seeds=1,2', 'compile=true'])
+def test_settings_that_a_file_of_texts_leaves_unread(evaluate, tmp_path, arg):
+    (tmp_path / 'x.jsonl').write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match=f"{arg.partition('=')[0]}: nothing reads it"):
+        evaluate(f'--samples={tmp_path}/x.jsonl', '--' + arg)
 
 # --------------------------------------------------------------------------------------------------
 # the command on a model
@@ -254,7 +291,8 @@ def test_samples_a_model(evaluate, trained, tmp_path):
     for seeds in ('7,8', '8,9'):
         several = evaluate(*trained, f'--seeds={seeds}')
         assert several['unigram'] == last['unigram'] and several['real'] == last['real']
-        assert several.keys() - last.keys() == {'seeds', 'stderr', 'by_seed'}
+        assert several.keys() - last.keys() == {'stderr', 'by_seed'}
+        assert several['seeds'] == [int(s) for s in seeds.split(',')]
     by_seed = [several['by_seed'][s]['nats_per_char'] for s in '89']
     assert several['nats_per_char'] == pytest.approx(np.mean(by_seed)) and len(set(by_seed)) == 2
     assert (tmp_path / 'samples_eval_9.jsonl').exists()
@@ -264,7 +302,7 @@ def test_says_which_sampler_holds(evaluate, trained, tmp_path):
     change_settings(tmp_path, by_steps={2: dict(gamma=0.25)})
     args = [*trained, '--num_samples=1', '--eval_iters=0']
     assert evaluate(*args, '--steps=2')['gamma'] == 0.25
-    assert 'steps=2' in evaluate.out and 'gamma=0.25' in evaluate.out and 'NFE=2' in evaluate.out
+    assert 'steps=2' in evaluate.out and 'gamma=0.25' in evaluate.out
     assert evaluate(*args, '--steps=2', '--gamma=1')['gamma'] == 1
     assert evaluate(*args)['gamma'] == 1.5 and evaluate(*args, '--steps=1')['gamma'] == 0
 
@@ -300,22 +338,61 @@ def test_two_ranks_write_what_one_writes(evaluate, trained, judge, tmp_path):
     assert (tmp_path / 'samples_eval.jsonl').read_bytes() == texts and 'ranks: 2' in got.stdout
 
 
-def test_ranks_wait_while_the_first_one_downloads_the_judge(evaluate, trained, judge, monkeypatch):
-    calls, join = [], torch.distributed.init_process_group
+def test_an_interrupted_evaluation_leaves_its_texts(run, evaluate, trained, tmp_path, monkeypatch):
+    evaluate(*trained)
+    whole, calls, real = (tmp_path / 'samples_eval.jsonl').read_text(), [], sample.generate
 
-    def watched(*args, **kwargs):
-        calls.append(kwargs['timeout'].total_seconds())
-        return join(*args, **kwargs)
+    def generate(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
 
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    rank = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    for name, value in rank.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(torch.distributed, 'init_process_group', watched)
-    assert evaluate(*trained, f'--judge={judge}')['texts'] == 6
-    assert calls and min(calls) >= 3600
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(sample, 'generate', generate)
+        evaluate(*trained)
+    left = (tmp_path / 'samples_eval.jsonl').read_text()
+    assert left.count('\n') == 4 and whole.startswith(left)
+    args = ['--device=cpu', '--judge=none', f'--out_dir={tmp_path}/scored']
+    run('eval.py', f'--samples={tmp_path}/samples_eval.jsonl', *args)
+
+
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'sweep.jsonl'])
+def test_what_cannot_be_written_shows_before_the_sampling(evaluate, trained, tmp_path, name):
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f'cannot write .*{name}: Is a directory'):
+        evaluate(*trained, *(['--sweep=steps=2,3'] if name == 'sweep.jsonl' else []))
+    assert not (tmp_path / 'samples_eval.jsonl').exists()
+
+
+def test_conditions_for_a_model_without(evaluate, trained, tmp_path):
+    (tmp_path / 'x.jsonl').write_text('{"input": "a"}\n')
+    with pytest.raises(UserError, match='without conditions; drop --input_file'):
+        evaluate(*trained, f'--input_file={tmp_path}/x.jsonl')
+    for cfg in ('--cfg=2', '--sweep=cfg=1,2'):
+        with pytest.raises(UserError, match='cfg=2.0: .* without conditions'):
+            evaluate(*trained, cfg)
+
+
+def test_compiled_one_graph_serves_all_steps(evaluate, trained, monkeypatch):
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compile_in_place(module, device):
+        module.compile(backend=backend, dynamic=False)
+        return True
+
+    args = [*trained, '--eval_iters=0', '--num_samples=4', '--sampler=ode']
+    plain = evaluate(*args)
+    torch._dynamo.reset()
+    monkeypatch.setattr(device, 'compile_in_place', compile_in_place)
+    compiled = evaluate(*args, '--compile=true')
+    assert compiled['steps'] == 4 and len(graphs) == 2, 'one for the steps, one for the tokens'
+    assert compiled['nats_per_char'] == pytest.approx(plain['nats_per_char'])
 
 
 def test_a_missing_judge_shows_before_the_sampling(evaluate, trained, tmp_path):

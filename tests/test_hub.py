@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from hub import Hub
+from test_checkpoint import write_run
 from test_eval import judge  # noqa: F401, a fixture
 
 import convert
@@ -46,8 +47,8 @@ for line in sys.stdin:
 '''
 SIZES = dict(n_layer=1, n_embd=16, n_head=2, vocab_size=30, latent_dim=16, bottleneck=4,
              max_length=13, latent_std=1.0, encoder='org/t5', tokenizer='org/t5')
-KINDS = dict(elf='model', runs='model', t5='model', gpt2='model', lightning='model', jax='model',
-             ids='dataset')
+KINDS = dict(elf='model', runs='model', own='model', t5='model', gpt2='model', ids='dataset',
+             lightning='model', jax='model')
 XSUM = 'embedded-language-flows/xsum_{}_t5'
 
 
@@ -66,6 +67,8 @@ def hub(bins, judge, tmp_path_factory):
             convert.write_official(str(at / folder), weights, weights, step, 0, model.config)
     for part in ('tokenizer', 'encoder'):
         shutil.copytree(bins / 'tiny' / part, at / 't5', dirs_exist_ok=True)
+    write_run(at / 'run', bins)
+    convert.main(str(at / 'run'), str(at / 'own'))
     shutil.copytree(judge, at / 'gpt2')
     shutil.copytree(os.path.join(GOLDEN, 'lightning'), at / 'lightning')
     shutil.copytree(os.path.join(GOLDEN, 'jax_ckpt'), at / 'jax')
@@ -73,7 +76,7 @@ def hub(bins, judge, tmp_path_factory):
     (at / 'lightning' / 'checkpoints' / 'checkpoint_epoch03_step00152136.ckpt').write_bytes(b'x')
     rows = [[4 + i % 20, 5, 6, 1] for i in range(60)]
     Dataset.from_dict(dict(input_ids=rows)).save_to_disk(at / 'ids')
-    for folder in ('elf', 'runs/a', 't5', 'gpt2', 'ids'):
+    for folder in ('elf', 'runs/a', 'own', 't5', 'gpt2', 'ids'):
         (at / folder / 'pytorch_model.bin').write_bytes(b'not needed' * 1000)
     hub = Hub({(kind, f'org/{state}{name}'): str(at / name) for name, kind in KINDS.items()
                for state in ('', 'gated-', 'token-', 'cut-')})
@@ -132,6 +135,7 @@ JOBS = {
     'folder': 'sample.py --init_from=org/{n}runs/a' + SAMPLE,
     'file': 'sample.py --init_from=org/{n}runs/a/checkpoint_7000' + SAMPLE,
     'safetensors': 'sample.py --init_from=org/{n}elf/model.safetensors' + SAMPLE,
+    'own': 'sample.py --init_from=org/{n}own --prompt=ab' + SAMPLE,
     'prepare': 'prepare.py --dataset=org/{n}ids --tokenizer=org/{n}t5 --encoder=org/{n}t5 '
                '--data_dir={at}/data --max_length=13',
     'eval': 'eval.py --samples={at}/samples.jsonl --judge=org/{n}gpt2 --device=cpu '
@@ -140,7 +144,10 @@ JOBS = {
 WANT = dict(sample={'org/elf/checkpoint_3', 'org/elf/config.yml'},
             folder={'org/runs/a/checkpoint_7000', 'org/runs/a/config.yml'},
             file=set(),         # as folder, which has fetched them
-            safetensors={'org/elf/model.safetensors'})
+            safetensors={'org/elf/model.safetensors'},
+            own={f'org/own/{file}' for file in (
+                'checkpoint_1', 'config.yml', 'encoder/config.json', 'encoder/model.safetensors',
+                'tokenizer/tokenizer.json', 'tokenizer/tokenizer_config.json')})
 REFUSED = [
     JOBS['sample'], JOBS['prepare'], JOBS['eval'], 'convert.py org/{n}lightning {at}/out',
     'prepare.py --tokenizer=org/{n}t5 --name=ids --data_dir={at}/data',
@@ -158,7 +165,7 @@ def test_online_then_from_the_cache(job, hub, ask, tmp_path):
         assert hub.got - before == got, state       # each file once, and not again
     assert all(n == 1 for n in got.values()) and not any('pytorch_model.bin' in f for f in got)
     if job in WANT:
-        assert {f for f in got if f.startswith(('org/elf', 'org/runs'))} == WANT[job]
+        assert {f for f in got if f.startswith(('org/elf', 'org/runs', 'org/own'))} == WANT[job]
 
 
 @pytest.mark.parametrize('source, step, files', [
@@ -183,11 +190,23 @@ def test_what_must_be_converted(source, says, ask, tmp_path):
     assert 'Traceback' not in err
 
 
+def test_a_run_that_was_uploaded(ask, bins, tiny, tmp_path):
+    """Evaluated and fine-tuned where its own tokenizer and encoder came with it, and no other."""
+    at = tmp_path / 'out'
+    for state in ('online', 'offline'):
+        code, out, err = ask(state, 'eval.py', '--init_from=org/own', f'--out_dir={at}',
+                             '--num_samples=2', '--steps=2', '--judge=org/gpt2', '--device=cpu')
+        assert code == 0, (state, err)
+    code, out, err = ask('offline', 'train.py', *tiny, '--init_from=org/own', f'--out_dir={at}')
+    assert code == 0, err
+
+
 def test_a_name_that_is_not_there(ask, tmp_path):
     for state in ('online', 'offline'):
         code, out, err = ask(state, 'convert.py', 'org/elf/none.pt', tmp_path / 'out')
         assert code == 1 and err.startswith('error: ') and err.count('\n') == 1, err
-        assert ('no checkpoint in org/elf/none.pt' if state == 'online' else 'OFFLINE') in err
+        assert 'no checkpoint in org/elf/none.pt' in err
+        assert ('the hub cannot be asked' in err) == (state == 'offline')
 
 
 def test_a_set_by_name(ask, tmp_path):
@@ -206,10 +225,17 @@ def test_a_set_by_name(ask, tmp_path):
         assert ids.tolist() == [first, 1, first + 1, 1]
 
 
+def test_a_pasted_address(ask, tmp_path):
+    code, out, err = ask('online', 'prepare.py', '--tokenizer=org/t5', '--encoder=org/t5',
+                         '--dataset=https://huggingface.co/datasets/org/ids/tree/main',
+                         '--name=ids', f'--data_dir={tmp_path}')
+    assert code == 0 and (tmp_path / 'ids' / 'meta.json').exists(), err
+
+
 @pytest.mark.parametrize('state, n, says', [
-    ('online', 'missing-', 'check the spelling'), ('online', 'gated-', 'accept the terms'),
-    ('online', 'token-', 'hf auth logout'), ('online', 'cut-', 'run again'),
-    ('offline', 'never-', 'HF_HUB_OFFLINE is set'), ('down', 'never-', 'connect once')])
+    ('online', 'missing-', 'check the spelling'), ('online', 'gated-', 'accepted its terms'),
+    ('online', 'token-', 'hf auth login'), ('online', 'cut-', 'check the spelling and the network'),
+    ('offline', 'never-', 'HF_HUB_OFFLINE'), ('down', 'never-', 'the network')])
 def test_refused(state, n, says, hub, ask, tmp_path):
     (tmp_path / 'samples.jsonl').write_text('{"generated": "hello he said"}\n')
     for job in REFUSED:

@@ -14,13 +14,15 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 from configurator import UserError
-from eval import read_samples
-from parts.metrics import (COLUMNS, bleu, copied, distinct, duplicates, entropy, gen_ppl,
-                           judge_ids, load_judge, measure, ngram_nats, ngram_p, over_runs,
-                           print_table, repetition, rouge, signs, train_ngram, words)
+from eval import make_judges, read_samples
+from parts.metrics import (COLUMNS, bleu, copied, describe_errors, distinct, duplicates, entropy,
+                           exact_match, gen_ppl, judge_ids, load_gpt2, load_judge, measure,
+                           ngram_nats, ngram_p, over_runs, print_table, repetition, rouge,
+                           script_of, train_ngram, words)
 
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared', 'data')
 OUTPUTS = os.path.join(SHARED, 'official_outputs')
+OWT = 'all_generated_5_95085.jsonl'
 EOT = '<|endoftext|>'
 needs_shared = pytest.mark.skipif(not os.path.isdir(SHARED), reason=f'needs {SHARED}')
 
@@ -105,11 +107,13 @@ def test_ngram_is_a_distribution():
     nats = -(math.log(p_a) + math.log((1 + 2 * p_a) / 4)) / 2
     assert ngram_nats(['aa'], one) == pytest.approx(nats)
     assert math.isnan(ngram_nats([''], one))
-    tokens = train_ngram([signs([7, 7, 40_000])], n=2)
-    assert ngram_nats([signs([7, 7])], tokens) == pytest.approx(nats)
-    row = measure([dict(generated='ab', ids=[7, 7])], 9, [], (ngram, tokens), 'none', 1, 'cpu')
-    assert row['nats_per_token'] == pytest.approx(nats)
-    assert row['nats_per_char'] == ngram_nats(['ab'], ngram) != pytest.approx(nats)
+    tokens = train_ngram([(7, 7, 40_000)], n=2)
+    assert ngram_nats([(7, 7)], tokens) == pytest.approx(nats)
+    judges = make_judges('ngram', [dict(generated='abc', ids=[7, 7, 40_000])], None, 1, 'cpu')
+    row = measure([dict(generated='ab', ids=[7, 7])], 9, [], judges)
+    of_three = train_ngram([(7, 7, 40_000)], n=3)
+    assert row['nats_per_token'] == pytest.approx(ngram_nats([(7, 7)], of_three))
+    assert row['nats_per_char'] == pytest.approx(ngram_nats(['ab'], train_ngram(['abc'])))
 
 
 def test_bleu_and_rouge():
@@ -121,18 +125,57 @@ def test_bleu_and_rouge():
     assert got == pytest.approx({'rouge1': 250 / 3, 'rouge2': 75, 'rougeL': 250 / 3})
 
 
+@pytest.mark.parametrize('text, script', [
+    ('Die Katze sitzt auf der Matte, für immer', 'a-z'), ('4071', 'a-z'), ('', 'a-z'),
+    ('Кошка сидит на коврике у двери', 'words'), ('बिल्ली चटाई पर बैठी है आज', 'words'),
+    ('猫坐在门口的垫子上。', 'zh'), ('猫がマットの上に座っています。', 'char'),
+    ('แมวนั่งอยู่บนเสื่อ', 'char')])
+def test_texts_of_any_script_that_equal_their_targets_are_right(text, script):
+    """The official tokens of ROUGE are a to z, and BLEU's need spaces: these had 0.00."""
+    assert script_of([text]) == script
+    if text:
+        assert rouge([text], [text])['rouge1'] == pytest.approx(100)
+        assert bleu([text], [text]) == pytest.approx(100)
+    if script in ('zh', 'char'):        # half right is half right
+        assert 10 < rouge([text[:-4]], [text])['rougeL'] < 100 > bleu([text[:-2]], [text]) > 10
+
+
+def test_rouge_of_words_with_marks_and_of_mixed_texts():
+    # a vowel sign is part of its word; latin words among Chinese characters are words
+    assert rouge(['बिल्ली है'], ['बिल्ली थी'])['rouge1'] == pytest.approx(50)
+    got = rouge(['他们用 Python 写代码'], ['他们用 Python 读写代码'])
+    assert got['rouge1'] == pytest.approx(1400 / 15)
+
+
+def test_exact_and_errors():
+    hyps = ['four', 'four one ', 'four two', 'four two three', 'one', 'two']
+    refs = ['four', 'four one', 'four one', 'four two', 'one two', 'two']
+    assert exact_match(hyps, refs) == 0.5
+    got = describe_errors(hyps, refs, str.split)
+    assert got == dict(exact=0.5, exact_stderr=pytest.approx(math.sqrt(0.25 / 6)),
+                       too_short=pytest.approx(1 / 3), too_long=pytest.approx(1 / 3),
+                       first_wrong=2.0)
+    got = describe_errors(['a'], ['a'], str.split)
+    assert got['exact'] == 1 and got['exact_stderr'] == 0 and math.isnan(got['first_wrong'])
+    # no pairs of words: nothing for ROUGE-2 to count, as the legend says
+    assert rouge(['seven'], ['seven']) == dict(rouge1=100, rouge2=0, rougeL=100)
+
+
 def test_table_leaves_empty_columns_out_and_fits_a_terminal(capsys):
     paired = ('bleu', 'bleu_cased', 'rouge1', 'rouge2', 'rougeL')
-    others = ('gen_ppl', 'gen_ppl_port', 'entropy', 'nfe', 'seconds')
+    paired += ('exact', 'exact_stderr', 'too_short', 'too_long', 'first_wrong')
+    others = ('gen_ppl', 'gen_ppl_port', 'entropy', 'distinct_4_judge', 'nfe', 'seconds')
     row = {key: 0.5 for key, _, _ in COLUMNS if key not in paired + others}
-    print_table({'samples': row, 'unigram': {}}, 'words')
+    print_table({'samples': row, 'unigram': {}})
     head, samples, unigram, *notes = capsys.readouterr().out.strip('\n').split('\n')
     assert 'own ent' in head and 'BLEU' not in head and 'ppl' not in head
     assert len(samples) == len(head) <= 80 and unigram.strip() == 'unigram' and len(notes) == 4
-    print_table({'samples': dict(gen_ppl=12345.678), 'real': dict(gen_ppl=9.1)}, 'words')
+    several = dict(gen_ppl=12345.678, stderr=dict(gen_ppl=0.5), exact=0.1)
+    print_table({'samples': several, 'real': dict(gen_ppl=9.1)}, ('exact',))
     assert capsys.readouterr().out.startswith('''
              ppl
 samples 12345.68
+     +-     0.50
 real        9.10
 ''')
 
@@ -147,30 +190,62 @@ def test_means_over_runs_may_be_nan():
 
 def test_ids_of_the_judge(judge, tmp_path):
     _, tokenizer = load_judge(judge, 'cpu')
-    assert judge_ids(['hello he', ' ', EOT + 'h' * 9], tokenizer, 4)[0] == [257, 259, 260]
-    assert judge_ids(['', '\n', EOT + 'h' * 9], tokenizer, 4) == [[0] + [tokenizer.vocab['h']] * 3]
+    assert judge_ids(['hello he', ' ', EOT + 'h' * 9], tokenizer.encode, 4)[0] == [257, 259, 260]
+    cut = [[0] + [tokenizer.vocab['h']] * 3]
+    assert judge_ids(['', '\n', EOT + 'h' * 9], tokenizer.encode, 4) == cut
     with pytest.raises(UserError, match='nowhere'):
         load_judge(str(tmp_path / 'nowhere'), 'cpu')
 
 
-@pytest.fixture
-def gpt2(tmp_path):
-    """GPT-2's own tokenizer, from the files that OpenAI published."""
-    for name, source in (('vocab.json', 'encoder.json'), ('merges.txt', 'vocab.bpe')):
-        os.symlink(os.path.join(SHARED, 'gpt2', source), tmp_path / name)
+def link_gpt2(folder, names):
+    """GPT-2's encoder files under other names."""
+    for name, source in zip(names, ('encoder.json', 'vocab.bpe')):
+        os.symlink(os.path.join(SHARED, 'gpt2', source), folder / name)
+
+
+@needs_shared
+def test_tiktoken_gives_the_ids_of_the_judge(tmp_path):
+    """From the files as the hub names them and as OpenAI did; of texts as they come."""
+    link_gpt2(tmp_path, ('vocab.json', 'merges.txt'))
     (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
-    return AutoTokenizer.from_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [row['generated'] for row in read_samples(f'{OUTPUTS}/owt_elf_b/{OWT}')]
+    texts += ["Hello world", f"a{EOT}b", "it's  3 o'clock\n\n \tüñí 猫 🙂", "x" * 2000, " lead"]
+    for folder in (tmp_path, os.path.join(SHARED, 'gpt2')):
+        encode = load_gpt2(str(folder))
+        assert encode('Hello world') == [15496, 995]
+        assert all(encode(text) == theirs.encode(text) for text in texts)
+    with pytest.raises(UserError, match='no encoder files of GPT-2'):
+        load_gpt2(str(tmp_path / '..'))
+    (tmp_path / 'merges.txt').unlink()
+    (tmp_path / 'merges.txt').write_text('#version: 0.2\na b\n')      # another tokenizer's
+    with pytest.raises(UserError, match='no encoder files of GPT-2'):
+        load_gpt2(str(tmp_path))
+
+
+@needs_shared
+def test_gpt2_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    repo = tmp_path / 'models--openai-community--gpt2'
+    (repo / 'snapshots' / 'abc').mkdir(parents=True)
+    (repo / 'refs').mkdir()
+    (repo / 'refs' / 'main').write_text('abc')
+    link_gpt2(repo / 'snapshots' / 'abc', ('vocab.json', 'merges.txt'))
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    assert load_gpt2('openai-community/gpt2')('Hello world') == [15496, 995]
+    with pytest.raises(UserError, match='not in the cache'):
+        load_gpt2('openai-community/gpt3')
 
 
 @needs_shared
 @pytest.mark.parametrize('epoch, blank', [(1, 25), (4, 0)])
-def test_entropies_that_a_reproduction_published(gpt2, epoch, blank):
+def test_entropies_that_a_reproduction_published(epoch, blank):
     """Over GPT-2's ids, 1024 at most, of the texts that are not blank; they summed in float32."""
     rows = [json.loads(line) for line in open(f'{OUTPUTS}/ugness_lightning/metrics.jsonl')]
     published = {row['epoch']: row['sample_entropy_32step'] for row in rows}[epoch]
     texts = read_samples(f'{OUTPUTS}/ugness_lightning/epoch_{epoch:03}.jsonl')
-    ids = judge_ids([row['generated'] for row in texts], gpt2)
-    assert judge_ids(['Hello world'], gpt2) == [[15496, 995]] and len(ids) == len(texts) - blank
+    ids = judge_ids([row['generated'] for row in texts], load_gpt2(os.path.join(SHARED, 'gpt2')))
+    assert len(ids) == len(texts) - blank
     assert np.mean([entropy(row) for row in ids]) == pytest.approx(published, rel=1e-7)
 
 
@@ -227,3 +302,19 @@ def test_gen_ppl_equals_hugging_face(judge, texts):
 def test_nothing_to_judge(judge):
     got = gen_ppl(['', '\n'], judge)
     assert math.isnan(got['gen_ppl']) and got['tokens'] == 0 and got['empty'] == 2
+
+
+def test_the_judge_leaves_the_precision_of_products_as_it_was(judge, monkeypatch):
+    seen, real = [], torch.nn.functional.cross_entropy
+
+    def watched(*args, **kwargs):
+        seen.append(torch.get_float32_matmul_precision())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, 'cross_entropy', watched)
+    torch.set_float32_matmul_precision('high')      # as start() has it on a GPU
+    try:
+        gen_ppl(['hello he'], judge)
+        assert set(seen) == {'highest'} and torch.get_float32_matmul_precision() == 'high'
+    finally:
+        torch.set_float32_matmul_precision('highest')

@@ -4,12 +4,14 @@ skipped without one), the SVG.
     python -m pytest -q tests/test_page.py
 """
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -18,11 +20,17 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from parts import page
+from conftest import ROOT
+from transformers import AutoTokenizer
+
 from configurator import UserError
-from parts.data import printable
 from model import ELF, ELFConfig
-from parts.page import agree, lay_out, make_frame, moments, split, write_page, write_svg
+from parts import page
+from parts.data import printable
+from parts.page import (is_right, lay_out, make_frame, moments, styled, token_texts, write_page,
+                        write_svg)
+
+T5 = os.path.join(os.path.dirname(ROOT), 'shared', 'data', 't5_tokenizer')
 
 HOSTILE = ['<script>document.title = "owned"</script>', '</script><script>alert(1)</script>',
            '<img src="http://evil.test/x" onerror="document.title = 1">', '</p><b>', '&amp;', '$x',
@@ -65,12 +73,13 @@ def sampled(run, model, tmp_path):
     return sampled
 
 
-def frames_of(*texts):
+def frames_of(*texts, **task):
     """Frames of one text; each word a token with its space, all of probability 0.95."""
     frames = []
     for step, text in enumerate(texts):
-        pieces = re.findall(r'\S+ ?', text)
-        row = dict(t=step / max(1, len(texts) - 1), pieces=pieces, p=[0.95] * len(pieces))
+        tokens = re.findall(r'\S+ ?', text)
+        row = dict(task, t=step / max(1, len(texts) - 1), tokens=tokens, p=[0.95] * len(tokens),
+                   right=text == task.get('target'))
         frames.append(dict(step=step, texts=[row]))
     return frames
 
@@ -83,35 +92,58 @@ def test_moments_are_spread_and_hold_the_end():
 
 
 def test_tokens_join_to_the_text():
-    def decode(ids, skip_special_tokens):       # as T5 does: no space in front of the first word
+    def decode(ids, **kwargs):                  # as T5 does: no space in front of the first word
         return ' '.join(words[i] for i in ids if words[i]).replace(' ##', '')
     words = ['', 'the', 'house', '##s', '.']
-    tokenizer = SimpleNamespace(decode=decode)
-    assert split([1, 0, 2, 3, 0, 1], tokenizer) == ['the', '', ' house', 's', '', ' the']
-    assert split([], tokenizer) == []
+    tokenizer = SimpleNamespace(decode=decode, all_special_ids=[0])
+    assert token_texts([1, 0, 2, 3, 0, 1], tokenizer) == ['the', '', ' house', 's', '', ' the']
+    assert token_texts([], tokenizer) == []
+    rows = [([1, 2], [0.1, 0.2]), ([1], [0.3])]
+    tasks = [dict(input='la', target='the house'), {}]
+    frame = make_frame(3, torch.tensor([0.5, 0.25]), rows, tasks, tokenizer)
+    assert frame == dict(step=3, texts=[
+        dict(input='la', target='the house', t=0.5, tokens=['the', ' house'], p=[0.1, 0.2],
+             right=True), dict(t=0.25, tokens=['the'], p=[0.3], right=False)])
 
-    def decode_bytes(ids, skip_special_tokens):
+
+def test_characters_of_several_tokens():
+    def decode(ids, **kwargs):
         return bytes(ids).decode(errors='replace')
-    text = 'a “é” b'
-    pieces = split([*text.encode()], SimpleNamespace(decode=decode_bytes))
-    assert ''.join(pieces) == text and len(pieces) == len(text.encode())
-    assert pieces[0] == 'a' and pieces[-1] == 'b'
-    frame = make_frame(3, torch.tensor([0.5, 0.25]), [([1, 2], [0.1, 0.2])], tokenizer)
-    assert frame == dict(step=3, texts=[dict(t=0.5, pieces=['the', ' house'], p=[0.1, 0.2])])
+    tokenizer = SimpleNamespace(decode=decode, all_special_ids=[])
+    assert token_texts([*'a “é'.encode()], tokenizer) == ['a', ' ', '', '', '“', '', 'é']
+    assert token_texts([*'aé'.encode()][:2], tokenizer) == ['a', '\ufffd']       # cut short
+    broken = [97, 0x80, 98]
+    assert ''.join(token_texts(broken, tokenizer)) == 'a\ufffdb'
 
 
-def test_what_has_settled():
-    frames = frames_of('a b c', 'a x c d', 'a x y d')
-    assert agree(frames, 0) == [True, False, False, False]
-    assert agree(frames[1:], 0) == [True, True, False, True] and all(agree(frames[2:], 0))
+@pytest.mark.skipif(not os.path.isdir(T5), reason=f'needs {T5}')
+@pytest.mark.parametrize('ids', [[3, 8] * 510, [8, *[3] * 1018, 8], [8, *[0] * 1018, 8]])
+def test_a_thousand_tokens_of_t5_in_no_time(ids):
+    """A lone "▁", which adds nothing at first, and padding: linear, however long the run."""
+    tokenizer, start = AutoTokenizer.from_pretrained(T5), time.perf_counter()
+    texts = token_texts(ids, tokenizer)
+    assert ''.join(texts) == tokenizer.decode(ids, skip_special_tokens=True) and len(texts) == 1020
+    took = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(100):
+        tokenizer.decode(ids)
+    assert took < time.perf_counter() - start           # decoding each of 1,020 prefixes: not
 
 
 def test_lines_break_at_spaces():
-    lines = lay_out(['ab ', 'cd ', 'efghijk', '\t\x1b'], [1, 1, 2, 2], 6)
+    lines = lay_out([('ab ', 1), ('cd ', 1), ('efghijk', 2), ('\t\x1b', 2)], 6)
     assert lines == [[('ab cd ', 1)], [('efghij', 2)], [('k \\x1b', 2)]]
-    lines = lay_out(['AB:\n', 'cd ef\n', '\ngh'], [1, 2, 2], 5)
+    lines = lay_out([('AB:\n', 1), ('cd ef\n', 2), ('\ngh', 2)], 5)
     assert lines == [[('AB:', 1)], [('cd ef', 2)], [('', 2)], [('gh', 2)]]
-    assert lay_out([], [], 6) == [[]]
+    assert lay_out([], 6) == [[]]
+
+
+def test_the_condition_stands_before_its_text_and_a_tick_behind_what_is_right():
+    text, = frames_of('forty two', input='42', target='forty two')[0]['texts']
+    assert styled(text) == [('42 → ', 'given'), ('forty ', 'q3'), ('two', 'q3'), (' ✓', 'right')]
+    text, = frames_of('forty three', input='x' * 41, target='forty two')[0]['texts']
+    assert styled(text)[0] == ('x' * 39 + '… → ', 'given') and styled(text)[-1] == ('three', 'q3')
+    assert is_right(' forty  two\n', 'forty two') and is_right('42', 42)
 
 # --------------------------------------------------------------------------------------------------
 # in a terminal
@@ -159,17 +191,18 @@ def test_the_terminal_is_redrawn_in_place(sampled, monkeypatch):
     want = ['  ' + printable(line) for text in texts[:8]
             for line in text.removesuffix('\n').split('\n')]
     assert screen.lines[bar + 1:bar + 1 + len(want)] == want
-    assert screen.lines[bar + 1 + len(want)] == '--- 0'
-    assert all(screen.grey[:3]) and screen.grey[-1] == 0    # all may move at first, nothing at last
+    assert screen.lines[bar + 1 + len(want)].startswith('10 of 10 texts in ')
+    assert all(screen.grey[:3])                             # the model is not sure at first
     assert '\x1b[31m' not in sampled.out                    # no text moves the cursor
 
 
 def test_a_screen_smaller_than_the_texts(monkeypatch):
     monkeypatch.setattr(shutil, 'get_terminal_size', lambda: (20, 6))
-    lines = page.screen(frames_of(*['some words of a text ' * 20] * 4), 9)
-    assert len(lines) == 4 and '\x1b' not in ''.join(lines[1:])     # likely, and long the same
-    shown = page.screen(frames_of('a b', 'a b', 'a c'), 9)[1]
-    assert shown == '  a \x1b[90mc\x1b[0m'
+    frame, = frames_of('some words of a text ' * 20)
+    lines = page.screen(frame | dict(texts=frame['texts'] * 4), 9)
+    assert len(lines) == 4 and '\x1b' not in ''.join(lines[1:])         # sure
+    frame['texts'] = [dict(input='3', t=0, tokens=['a ', 'b'], p=[0.9, 0.5], right=False)]
+    assert page.screen(frame, 9)[1] == '  3 → a \x1b[90mb\x1b[0m'
 
 
 def test_plain_lines_where_there_is_no_terminal(sampled, monkeypatch):
@@ -189,7 +222,7 @@ class Page(HTMLParser):
     def __init__(self, source):
         super().__init__()
         self.path, self.texts, self.cells, self.body, self.title = [], [], [], {}, ''
-        self.button, self.spans = '', 0
+        self.button, self.spans, self.inputs, self.verdicts = '', 0, [], []
         self.feed(source)
 
     def handle_starttag(self, tag, attributes):
@@ -203,6 +236,9 @@ class Page(HTMLParser):
         if tag in ('th', 'td'):
             self.cells.append('')
         self.spans += self.path[-3:] == ['article', 'p', 'span']
+        if tag == 'footer':
+            given = dict(attributes)
+            self.verdicts.append((given.get('class', ''), given['style'].split()[-1][:-1], ''))
 
     def handle_endtag(self, tag):
         while tag in self.path and self.path.pop() != tag:
@@ -213,6 +249,10 @@ class Page(HTMLParser):
             self.texts[-1] += data
         if self.path and self.path[-1] in ('th', 'td'):
             self.cells[-1] += data.strip()
+        if self.path and self.path[-1] == 'blockquote':
+            self.inputs.append(data)
+        if self.path and self.path[-1] == 'footer':
+            self.verdicts[-1] = *self.verdicts[-1][:2], data
         if self.path and self.path[-1] == 'title':
             self.title += data
         if self.path and self.path[-1] == 'button':
@@ -258,7 +298,7 @@ def browse(tmp_path, requests):
     return browse
 
 
-def test_the_page_plays_to_the_end(sampled, browse, requests, tmp_path):
+def test_the_page_plays_to_the_end(sampled, browse, requests, model, tmp_path):
     """No text runs, or loads anything; the last frame is what samples.jsonl holds."""
     texts = sampled(f'--html={tmp_path}/new/page.html', '--seed=3')
     file = tmp_path / 'new' / 'page.html'
@@ -268,8 +308,7 @@ def test_the_page_plays_to_the_end(sampled, browse, requests, tmp_path):
     assert end.title == 'Text out of noise' and end.body == {'data-moment': '30'}
     assert end.button == 'Play'                         # it has stopped
     facts = dict(zip(end.cells[::2], end.cells[1::2]))
-    assert facts['seed'] == '3' and facts['steps'] == facts['NFE (passes per text)'] == '30'
-    assert 0 < float(facts['mean probability of a token']) <= 1
+    assert facts['seed'] == '3' and facts['steps'] == '30' and facts['model'] == str(model)
     on_the_way = browse(file, 1200)
     assert 0 < int(on_the_way.body['data-moment']) < 30 and on_the_way.button == 'Pause'
     chosen = browse(file, hash='#2')
@@ -280,29 +319,38 @@ def test_the_page_plays_to_the_end(sampled, browse, requests, tmp_path):
     assert [line for line in requests[1] if 'evil.test' in line]
 
 
-def test_the_page_without_its_script(sampled, tmp_path):
-    """A browser that runs nothing shows the last frame; the file names no other."""
+def test_the_page_holds_the_frames_and_names_no_other_file(sampled, tmp_path):
     texts = sampled(f'--html={tmp_path}/page.html', '--batch_size=3', '--trace=2')
     source = (tmp_path / 'page.html').read_text(encoding='utf-8')
-    parsed = Page(source)
-    assert parsed.texts == texts[:3] and parsed.title == 'Text out of noise'      # the first batch
-    data = re.search(r'id="frames">(.*)</script>\n<script>', source)[1]
-    articles = re.search(r'<section.*</section>', source, re.DOTALL)[0]
-    assert articles.count('<') == 8 * 3 + 2             # our own tags alone
-    frames = json.loads(data)
-    assert [step for step, _ in frames] == [0, 30]
-    assert [''.join(pieces) for _, pieces, _ in frames[-1][1]] == texts[:3]
-    assert '<' not in data and not re.search(r'<(img|link|iframe|object)|src=|href=|url\(|@import',
-                                             source.replace(data, '').replace(articles, ''))
+    data = re.search(r'json">(.*)</script>\n<script>', source)[1]
+    rest = source.replace(data, '').replace('@media', '')
+    assert '<' not in data and not re.search(r'<(img|link|iframe|object)|src=|href=|url\(|@', rest)
+    frames = json.loads(data)['frames']
+    assert [frame['step'] for frame in frames] == [0, 30]
+    assert [''.join(text['tokens']) for text in frames[-1]['texts']] == texts[:3]   # first batch
     assert sampled.out.count('  t=') == 2
 
 
-def test_texts_of_no_token_and_one_frame(tmp_path):
-    frames = [dict(step=1, texts=[dict(t=1.0, pieces=[], p=[])])]
+def test_the_page_of_a_task(browse, tmp_path):
+    """Each text beside its input, with what it should have been; a target may hold markup."""
+    frames = frames_of('forty', 'forty two', input='42', target='forty two')
+    for frame, said in zip(frames, ('six', 'six')):
+        frame['texts'] += frames_of(said, input='7 <b>', target='</p>@data@')[0]['texts']
     write_page(tmp_path / 'page.html', frames, {})
-    assert Page((tmp_path / 'page.html').read_text()).texts == ['']
+    end = browse(tmp_path / 'page.html', hash='#1')
+    assert end.texts == ['forty two', 'six'] and end.inputs == ['42', '7 <b>']
+    assert end.verdicts == [('right', 'visible', 'right'), ('', 'visible', '</p>@data@')]
+    start = browse(tmp_path / 'page.html', hash='#0')
+    assert start.texts == ['forty', 'six']
+    assert [seen for _, seen, _ in start.verdicts] == ['hidden', 'hidden']
+
+
+def test_texts_of_no_token_and_one_frame(browse, tmp_path):
+    frames = [dict(step=1, texts=[dict(t=1.0, tokens=[], p=[], right=False)])]
     write_svg(tmp_path / 'a.svg', frames)
     ElementTree.parse(tmp_path / 'a.svg')
+    write_page(tmp_path / 'page.html', frames, {})
+    assert browse(tmp_path / 'page.html').texts == ['']
 
 # --------------------------------------------------------------------------------------------------
 # the SVG

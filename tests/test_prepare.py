@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from itertools import islice
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from transformers import AutoTokenizer
 
 import prepare
 from configurator import UserError
-from parts.data import get_rows, open_bins, open_split, read_row, sha256
 from model import ELFConfig, TextEncoder
+from parts.data import get_rows, open_bins, open_split, read_row, sha256
+from parts.toy import in_words, neighbour_vectors, numbers, pydocs, train_tokenizer
 
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared', 'data')
 DE_EN = os.path.join(SHARED, 'wmt14_de-en_validation_t5')
@@ -96,7 +98,7 @@ CHARS = ['--token_level=chars', '--encoder_layers=2']
 def test_a_text_file_end_to_end(make, tmp_path, text, args):
     meta = make(write(tmp_path / 'my.txt', text), *args)
     assert 'first row' in make.out
-    assert 'next: python train.py config/demo.py --dataset=my' in make.out
+    assert 'next: python train.py config/pydocs.py --dataset=my' in make.out
     tok = AutoTokenizer.from_pretrained(meta['tokenizer'])
     assert (tok.pad_token_id, tok.eos_token_id, tok.unk_token_id) == (0, 1, 2)
     assert len(tok) == meta['vocab_size']
@@ -164,7 +166,7 @@ def test_tokens_with_the_same_neighbours_have_like_vectors(make, tmp_path):
     meta = make(write(tmp_path / 'my.txt', '\n'.join(lines)), '--vocab_size=300',
                 '--encoder_dim=8')
     tok = AutoTokenizer.from_pretrained(meta['tokenizer'])
-    table = prepare.neighbour_vectors(meta, 8, seed=0)
+    table = neighbour_vectors(meta, 8, seed=0)
     assert table.shape == (meta['vocab_size'], 8)
     assert table.square().sum(-1).mean().item() == pytest.approx(1, rel=1e-4)
     cat, dog, blue, green = (table[tok.convert_tokens_to_ids('\u0120' + word)]
@@ -174,7 +176,7 @@ def test_tokens_with_the_same_neighbours_have_like_vectors(make, tmp_path):
 
 
 def test_pydocs_is_prose():
-    text = prepare.pydocs_text()
+    text = ''.join(row['text'] for row in pydocs())
     assert len(text) > 150_000
     assert not any(sign in text for sign in ('::=', '>>>', '+---'))
     assert 'assert statements are a convenient way to insert debugging assertions' in text.lower()
@@ -197,10 +199,10 @@ def test_what_the_user_sets_goes_before_what_a_name_stands_for(make, tmp_path, t
         assert meta['source']['pack'] == pack and (meta['max_length'] <= 32) == short
     meta = make('tinystories', *tok)
     assert texts_of(meta, 'train') == ['some words of a story'] * 60 and meta['rows']['val'] == 20
-    assert [source for source, _ in calls[3:]] == ['roneneldan/TinyStories']
+    assert [source for source, _ in calls[6:]] == ['roneneldan/TinyStories'] * 2   # card, tables
     # of the hub's files, those named test are not fetched
     from huggingface_hub.utils import filter_repo_objects
-    how = {name: calls[0][1][name] for name in ('allow_patterns', 'ignore_patterns')}
+    how = {name: calls[1][1][name] for name in ('allow_patterns', 'ignore_patterns')}
     names = ['data/train-0.parquet', 'latest/0.parquet', 'contest.arrow', 'test/0.parquet',
              'data/test-0.parquet', 'de_test.arrow', 'README.md', 'stories.txt']
     assert list(filter_repo_objects(names, **how)) == names[:3]
@@ -228,26 +230,26 @@ def packed(texts, tok, max_length, pack='words'):
 
 
 def test_words_longer_than_a_row_are_cut():
-    tok = prepare.train_tokenizer('abc d', 'chars', 0)
+    tok = train_tokenizer('abc d', 'chars', 0)
     assert packed(['abcabcabc d  ab'], tok, 5) == ['abca', 'bcab', 'c d', 'ab']
 
 
 def test_paragraphs_are_packed_as_the_published_openwebtext():
     """Whole, with newlines, across documents, nothing between; a longer one fills whole rows."""
-    tok = prepare.train_tokenizer('abcdefgh\n', 'chars', 0)
+    tok = train_tokenizer('abcdefgh\n', 'chars', 0)
     rows = packed(['aaa\nbb\n', 'cc\n' + 'd' * 20, 'e'], tok, 8, 'paragraphs')
     assert rows == ['aaa\nbb\n', 'cc\n', 'd' * 7, 'd' * 7, 'd' * 6 + 'e']
 
 
 def test_one_text_a_row(capsys):
-    tok = prepare.train_tokenizer('abcdefgh\n ', 'chars', 0)
+    tok = train_tokenizer('abcdefgh\n ', 'chars', 0)
     texts = ['a b\nc\n', '  ', 'abcdefg', 'abcdefgh', 'h' * 20]
     assert packed(texts, tok, 8, 'texts') == ['a b\nc', 'abcdefg', 'abcdefg', 'h' * 7]
-    assert '2 of 4 texts have more than' in capsys.readouterr().out
+    assert '2 of 4 texts (50%) have more than' in capsys.readouterr().out
 
 
 def test_end_tokens_spelled_out_in_the_text_do_not_end_rows():
-    tok = prepare.train_tokenizer('ab </s><pad>', 'chars', 0)
+    tok = train_tokenizer('ab </s><pad>', 'chars', 0)
     for pack in ('words', 'paragraphs', 'texts'):
         assert packed(['ab</s>ab <pad> ab'], tok, 50, pack) == ['abab  ab']
         assert packed(['</s>'], tok, 50, pack) == []
@@ -263,7 +265,7 @@ def test_stories_one_a_row(make, tmp_path, tok):
     want = [' '.join(story.split()) for story in file.read_text().split('<|endoftext|>')]
     got = [texts_of(meta, split) for split in ('train', 'val')]
     assert len(got[0] + got[1]) == len(want)
-    assert f"of {len(got[0])} texts have more than max_length=256 tokens" in make.out
+    assert f"of {len(got[0])} texts (" in make.out and 'have more than max_length=256' in make.out
     for n, story in enumerate(want):
         row = got[1].pop(0) if n % 20 == 19 else got[0].pop(0)
         assert row == story or story.startswith(row[:80]) and len(row) > 400
@@ -290,10 +292,10 @@ def test_texts_that_are_refused_leave_the_old_bins(make, tmp_path, text, content
 
 @pytest.mark.parametrize('arg, says', [
     ('--tokenizer=./none', 'tokenizer'), ('--encoder=./none', 'text encoder'),
-    ('--max_length=2', 'at least 4'), ('--token_level=nothing', 'token_level'),
-    ('--pack=lines', "'words', 'paragraphs', 'texts'"), ('--pack=texts', 'endoftext'),
-    ('--val_fraction=1.5', 'val_fraction'), ('--latent_mean=0.5', 'give both'),
-    ('--latent_std=-1', 'give both'), ('--name=a/b', 'without slashes')])
+    ('--max_length=1', 'starts at 2'), ('--token_level=nothing', 'token_level'),
+    ('--pack=pages', "'words', 'paragraphs', 'texts'"), ('--pack=texts', 'endoftext'),
+    ('--val_fraction=1.5', 'val_fraction'), ('--latent_mean=0.5', 'or neither'),
+    ('--latent_std=-1', 'latent_std'), ('--name=a/b', 'without slashes')])
 def test_settings_that_are_refused(make, tmp_path, text, arg, says):
     with pytest.raises(UserError, match=says):
         make(write(tmp_path / 'my.txt', text), arg)
@@ -313,7 +315,7 @@ def test_a_folder_of_something_else_is_not_replaced_and_errors_are_one_line(tmp_
 def save_published(folder, n=60, **columns):
     """A save_to_disk folder in the layout of the published sets; a column of None is left out."""
     from datasets import Dataset, Features, List, Value
-    rows = dict(condition_input_ids=[[3 + i % 20, 5, 1][:1 + i % 3] for i in range(n)],
+    rows = dict(condition_input_ids=[[3 + i % 20, 5, 1][i % 3:] for i in range(n)],
                 input_ids=[[4 + i % 9, 1] for i in range(n)],
                 input=[f"in {i}" for i in range(n)], target=[f"out {i}" for i in range(n)],
                 index=list(range(n)))
@@ -386,14 +388,14 @@ def test_raw_sets_as_the_hub_has_them(make, tmp_path, tok):
         parquet(tmp_path / name / file.format('validation'), **few)
         folder = tmp_path / name / 'de-en' if name == 'wmt' else tmp_path / name
         meta = make(folder, f'--name={name}', '--pack=paragraphs', '--letters_only=false', *tok,
-                    '--subset=de-en' if name == 'wmt' else '--subset=')
+                    '--columns=de,en' if name == 'wmt' else '--columns=')
         code = AutoTokenizer.from_pretrained(meta['tokenizer'])
         if name == 'owt':       # its tokenizer knows no newline
             found = ''.join(texts_of(meta, 'train')).replace('<unk>', '')
-            assert found == ''.join(columns['text']).replace('\n', '') and 'texts' in make.out
+            assert found == ''.join(columns['text']).replace('\n', '')
             continue
         got = [tuple(code.decode(part[:-1]) for part in row) for row in rows_of(meta, 'train')]
-        assert got == list(zip(a, b)) and 'pairs' in make.out
+        assert got == list(zip(a, b)) and meta['source']['kind'] == 'pairs'
         assert meta['rows']['val'] == 5
         assert references(meta) == [dict(input=x, target=y) for x, y in zip(a[:5], b[:5])]
 
@@ -410,7 +412,9 @@ TWO = [[4, 1]] * 29
 @pytest.mark.parametrize('columns, says', [
     (dict(input_ids=None, condition_input_ids=None, input=None), 'has the columns target, index'),
     (dict(input_ids=[*TWO, *TWO, [4, 1], [30, 1]]), r'row \d+ of val has token id 30'),
-    (dict(input_ids=[[4, 1], [4, -1], *TWO, *TWO]), 'row 1 of train has token id -1'),
+    (dict(input_ids=[[4, 1], [4, 1, 0, 0], *TWO, *TWO]), 'row 1 of train .* end in EOS, 1'),
+    (dict(condition_input_ids=[[4], [4, 1], *TWO, *TWO]), 'row 0 of train .* end in EOS, 1'),
+    (dict(input_ids=[[4, 1], [-1, 1], *TWO, *TWO]), 'row 1 of train has token id -1'),
     (dict(input_ids=[*TWO, [4, 1], [], *TWO]), 'input_ids is empty in one of the rows'),
     (dict(condition_input_ids=[[], [4, 1], *TWO, *TWO]), 'condition_input_ids is empty'),
     (dict(input_ids=['text'] * 60), 'not lists of whole numbers'),
@@ -431,7 +435,8 @@ def test_what_is_no_source(make, tmp_path, tok):
     (tmp_path / 'cut' / arrow).write_bytes((tmp_path / 'set' / arrow).read_bytes()[:700])
     (tmp_path / 'noise' / 'a.parquet').write_bytes(b'PAR1' + bytes(range(200)))
     for source, says in ((tmp_path / 'cut', 'not readable|no data|cut'),
-                         (tmp_path / 'empty', 'has no data'), (tmp_path / 'noise', 'not readable'),
+                         (tmp_path / 'empty', 'nothing to train on'),
+                         (tmp_path / 'noise', 'not readable'),
                          (tmp_path / 'none', 'offline|hub'), ('./none', 'neither a folder')):
         with pytest.raises(UserError, match=says) as e:
             make(source, *tok)
@@ -443,7 +448,7 @@ def test_own_jsonl_and_folders(make, tmp_path, tok, text):
     pairs = [dict(input=f'a{"b" * (i % 7)}', output='c d', more=1) for i in range(50)]
     assert make(write(tmp_path / 'a.jsonl', pairs), *tok)['rows'] == dict(train=48, val=2)
     write(tmp_path / 'folder' / 'one.txt', text)
-    write(tmp_path / 'folder' / 'two.jsonl', [dict(text='zz zzz\nzzzz') for _ in range(50)])
+    write(tmp_path / 'folder' / 'two.txt', 'zz zzz\nzzzz\n' * 50)
     meta = make(tmp_path / 'folder', *tok)
     words = ' '.join(texts_of(meta, 'train') + texts_of(meta, 'val')).split()
     want = text.lower().replace('.', '').split() + ['zz', 'zzz', 'zzzz'] * 50
@@ -455,10 +460,12 @@ AB = dict(input='a', output='b')
 
 @pytest.mark.parametrize('rows, says', [
     ([AB] * 30 + ['{"input": "a", '], 'line 31 is no JSON object'),
-    ([dict(input='a')], 'line 1 needs'), (['[1]'], 'line 1 is no JSON object'),
-    ([AB, dict(text='c')], 'line 2 has plain text'), ([dict(text='c'), AB], 'line 2 has a pair'),
-    ([dict(input='a', output=' ')], 'not blank'), ([dict(input='a', output=5)], 'must be text'),
-    ([dict(text='')], 'not blank'), ([], 'too little'), ([AB] * 3, 'too little'),
+    ([dict(input='a')], 'line 1 has the columns input; say'), (['[1]'], 'line 1 is no JSON object'),
+    ([AB, dict(text='c')], 'line 2 lacks a text under input or output'),
+    ([dict(text='c'), AB], 'line 2 lacks a text under text'),
+    ([AB, dict(input='a', output=5)], 'line 2 lacks a text'), ([dict(text='')], 'too little'),
+    ([], 'too little'), ([AB] * 3, 'too little'),
+    ([AB, '{"input": "\\ud83d", "output": "b"}'], 'line 2 is no JSON object .*surrogate'),
     (['\x00'], 'line 1 is no JSON object'), (['[' * 100000], 'line 1 is no JSON object')])
 def test_broken_jsonl(make, tmp_path, tok, rows, says):
     with pytest.raises(UserError, match=says) as e:
@@ -469,7 +476,9 @@ def test_broken_jsonl(make, tmp_path, tok, rows, says):
 
 @pytest.mark.parametrize('path, split', [
     ('train-00000-of-00001.parquet', 'train'), ('default/partial-train/0000.parquet', 'train'),
-    ('a.txt', 'train'), ('latest.txt', 'train'), ('contest/evaluation.txt', 'train'),
+    ('a.txt', 'train'), ('latest.txt', 'train'), ('contest/evaluate.txt', 'train'),
+    ('eval.jsonl', 'val'), ('my_holdout.jsonl', 'val'), ('evaluation/a.txt', 'val'),
+    ('old_testament.txt', 'train'), ('Testing/dev.txt', 'test'),
     ('val.txt', 'val'), ('x_dev.jsonl', 'val'), ('validation/0000.parquet', 'val'),
     ('valid/data-00000-of-00001.arrow', 'val'), ('StoriesVal2.txt', 'val'), ('VALID.txt', 'val'),
     ('TinyStoriesV2-GPT4-valid.txt', 'val'), ('test/train.txt', 'test'), ('my.test.jsonl', 'test'),
@@ -507,7 +516,8 @@ def test_validation_files_validate_and_test_files_are_left_out(make, tmp_path, t
     meta = make(tmp_path / 'set', *tok)
     for split, content in (('train', TRAIN), ('val', VAL)):
         assert words_of(meta, split) == set(content.split())
-    assert 'left out as test: ' + names[2].format('00') in make.out
+    left_out, = [line for line in make.out.splitlines() if 'left out as test: ' in line]
+    assert names[2].format('00') in left_out and 'train: text of ' in make.out
 
 
 def test_test_files_only_where_they_are_named(make, tmp_path, tok):
@@ -519,7 +529,7 @@ def test_test_files_only_where_they_are_named(make, tmp_path, tok):
     assert words_of(meta, 'val') == set(TEST.split())
     for name in ('test.txt', 'x_val.txt'):
         write(tmp_path / 'only' / name, TEST * 900)
-    with pytest.raises(UserError, match='only files of test or validation: test.txt, x_val.txt'):
+    with pytest.raises(UserError, match='nothing to train on.*x_val.txt.*test.txt'):
         make(tmp_path / 'only', *tok)
     # the folder's own path says nothing, and a file is named on purpose
     meta = make(tmp_path / 'set', f'--val_dataset={tmp_path / "only"}', *tok)
@@ -534,10 +544,9 @@ def test_licences_and_hidden_files_are_no_corpus(make, tmp_path, tok):
         write(tmp_path / 'set' / name, TEST * 900)
     meta = make(tmp_path / 'set', *tok)
     assert words_of(meta, 'train') | words_of(meta, 'val') == set(TRAIN.split())
-    assert 'ignored, no corpus: .cache, LICENSE.txt, readme_first.txt' in make.out
     for name in noise:
         write(tmp_path / 'legal' / name, TEST * 900)
-    with pytest.raises(UserError, match='has no data'):
+    with pytest.raises(UserError, match='nothing to train on'):
         make(tmp_path / 'legal', *tok)
 
 
@@ -546,8 +555,280 @@ def test_folders_of_mixed_kinds_are_refused(make, tmp_path, tok):
     write(tmp_path / 'a' / 'more.txt', TRAIN * 900)
     write(tmp_path / 'b' / 'more.txt', TRAIN * 900)
     write(tmp_path / 'b' / 'pairs.jsonl', [AB] * 60)
-    cases = ('a', '.parquet and .txt files, such as'), ('b', 'texts .*more.txt.* and pairs')
-    for name, says in cases:
-        with pytest.raises(UserError, match=says):
+    for name, says in (('a', 'more.txt and .*x.parquet'), ('b', 'more.txt and .*pairs.jsonl')):
+        with pytest.raises(UserError, match='several kinds, .*' + says):
             make(tmp_path / name, *tok)
     assert nothing_made(tmp_path)
+
+# ---- files as others write them ----
+
+PAIR_ROWS = [dict(input=f'{i} "a", b', output='NA') for i in range(60)]
+
+
+@pytest.mark.parametrize('name', ['x.jsonl', 'x.JSONL', 'x.jsonl.gz', 'x.jsonl.bz2', 'x.jsonl.xz',
+                                  'x.json', 'x.json.gz', 'x.csv', 'x.csv.gz', 'x.tsv',
+                                  'x.parquet', 'x.Parquet'])
+def test_every_kind_of_file_gives_the_same_bins(make, tmp_path, name):
+    """As pandas writes them; "NA" is a text, and so are digits."""
+    import pandas
+    wanted = make(write(tmp_path / 'want.jsonl', PAIR_ROWS), '--encoder_dim=8')
+    table, file = pandas.DataFrame(PAIR_ROWS), str(tmp_path / name)
+    if '.json' in name.lower():
+        lines = 'jsonl' in name.lower()
+        table.to_json(file, orient='records', lines=lines)
+    elif 'sv' in name:
+        table.to_csv(file, index=False, sep='\t' if 'tsv' in name else ',')
+    else:
+        table.to_parquet(file)
+    meta = make(file, '--encoder_dim=8')
+    assert meta['checksums'] == wanted['checksums'] and references(meta) == references(wanted)
+
+
+@pytest.mark.parametrize('name', ['a.txt.gz', 'a.txt.xz'])
+def test_compressed_texts_and_broken_ones(make, tmp_path, text, name, tok):
+    import gzip
+    import lzma
+    packed = (gzip if 'gz' in name else lzma).compress(text.encode())
+    (tmp_path / name).write_bytes(packed)
+    plain, ours = make(write(tmp_path / 'b.txt', text), *tok), make(tmp_path / name, *tok)
+    words = ' '.join(texts_of(plain, 'train') + texts_of(plain, 'val')).split()
+    got = ' '.join(texts_of(ours, 'train') + texts_of(ours, 'val')).split()
+    assert sorted(got) == sorted(words)
+    (tmp_path / name).write_bytes(packed[:len(packed) // 2])
+    with pytest.raises(UserError, match=f'cannot read .*{name}'):
+        make(tmp_path / name, *tok)
+
+
+def test_shards_may_be_empty_or_have_a_column_more(make, tmp_path, tok):
+    parquet(tmp_path / 'set' / 'a.parquet', text=[])
+    parquet(tmp_path / 'set' / 'b.parquet', text=[TRAIN] * 60)
+    parquet(tmp_path / 'set' / 'c.parquet', text=[VAL] * 60, more=[1] * 60)
+    meta = make(tmp_path / 'set', *tok)
+    found = words_of(meta, 'train')
+    assert found == set(f'{TRAIN} {VAL}'.split())
+    parquet(tmp_path / 'set' / 'd.parquet', texts=[VAL] * 60)
+    with pytest.raises(UserError, match='d.parquet, row 0 lacks a text under text'):
+        make(tmp_path / 'set', *tok)
+
+
+def test_blank_lines_and_pairs(make, tmp_path, tok):
+    pairs = [dict(input='a', output='b')] * 60 + [dict(input='a', output=' '), '']
+    meta = make(write(tmp_path / 'a.jsonl', pairs), *tok)
+    assert sum(meta['rows'].values()) == 60
+    assert make.out.count('1 pairs with a blank side are left out') == 1
+    texts = [dict(text=TRAIN)] * 60 + [dict(text='')]
+    assert make(write(tmp_path / 'b.jsonl', texts), *tok)['rows']['train'] > 0
+
+
+def test_one_text_per_line(make, tmp_path, tok):
+    file = write(tmp_path / 'names.txt', ''.join(f'a{"b" * (i % 9)}\n\n' for i in range(60)))
+    meta = make(file, '--pack=lines', *tok)
+    want = ['a' + 'b' * (i % 9) for i in range(60)]
+    assert texts_of(meta, 'val') == want[19::20] and len(texts_of(meta, 'train')) == 57
+
+
+def test_latents_are_measured_without_padding(make, tmp_path, text):
+    """Rows of one to forty words, most of each batch padding."""
+    lines = [' '.join(text.split()[i:i + 1 + (i % 40 == 0) * 39]) for i in range(400)]
+    meta = make(write(tmp_path / 'a.txt', '\n'.join(lines)), '--pack=lines', '--max_length=64')
+    encoder = TextEncoder(meta['encoder'])
+    rows = [torch.tensor([ids]) for _, ids in rows_of(meta, 'train')]
+    x = torch.cat([encoder(row, torch.ones_like(row).bool())[0] for row in rows])
+    assert meta['latent_mean'] == pytest.approx(x.mean().item(), abs=1e-4)
+    assert meta['latent_std'] == pytest.approx(x.std().item(), rel=1e-3)
+
+# ---- several readings ----
+
+@pytest.mark.parametrize('names, chosen', [
+    (['text', 'input', 'output'], 'text'), (['text', 'source', 'target'], 'source,target'),
+    (['instruction', 'input', 'output'], 'instruction,output'),
+    (['prompt', 'completion'], 'prompt,completion'), (['question', 'answer'], 'answer,question'),
+    (['input', 'output', 'target'], 'input,target'), (['text', 'prompt'], 'text'),
+    (['title', 'body'], 'body')])
+def test_tables_that_can_be_read_in_several_ways(make, tmp_path, tok, names, chosen):
+    rows = [{name: f'{chr(97 + n)} b' for n, name in enumerate(names)} for _ in range(60)]
+    file = write(tmp_path / 'a.jsonl', rows)
+    with pytest.raises(UserError, match=f"has the columns {', '.join(names)}; say what to read"):
+        make(file, *tok)
+    meta = make(file, f'--columns={chosen}', *tok)
+    assert f"train: {' and '.join(chosen.split(','))} of " in make.out
+    row = [part for part in rows_of(meta, 'train')[0] if part]
+    code = AutoTokenizer.from_pretrained(meta['tokenizer'])
+    want = [rows[0][name] for name in chosen.split(',')]
+    assert len(row) == len(want)
+    assert all(code.decode(ids[:-1]).startswith(text) for ids, text in zip(row, want))
+    with pytest.raises(UserError, match='must name one or two of them'):
+        make(file, '--columns=nothing', *tok)
+
+
+def test_text_beside_metadata_is_text(make, tmp_path, tok):
+    """RedPajama, Dolma: 'source' alone is no pair."""
+    rows = [dict(text=TRAIN, source='web', id=i) for i in range(60)]
+    assert words_of(make(write(tmp_path / 'a.jsonl', rows), *tok), 'train') == set(TRAIN.split())
+
+
+def test_translations_need_a_direction(make, tmp_path, tok):
+    parquet(tmp_path / 'a.parquet', translation=[dict(de='a', en='b')] * 60)
+    with pytest.raises(UserError, match='has the columns de, en'):
+        make(tmp_path / 'a.parquet', *tok)
+    assert references(make(tmp_path / 'a.parquet', '--columns=en,de', *tok))[0]['input'] == 'b'
+
+
+CARD = """---
+configs:
+- config_name: one
+  data_files:
+  - split: train
+    path: data/first-*
+  - split: validation
+    path: [data/check-*]
+- config_name: two
+  data_files:
+  - split: train
+    path: other/*
+  - split: test
+    path: other/last*
+---
+# A set
+"""
+
+
+def test_configurations_of_a_card(make, tmp_path, tok):
+    for name, content in (('data/first-0', TRAIN), ('data/check-0', VAL), ('other/x', TEST)):
+        save_text(tmp_path / 'set' / name, 'parquet', content)
+    write(tmp_path / 'set' / 'README.md', CARD)
+    for args in ([], ['--subset=three']):
+        with pytest.raises(UserError, match='several configurations; .*: one, two'):
+            make(tmp_path / 'set', *args, *tok)
+    meta = make(tmp_path / 'set', '--subset=one', *tok)
+    assert words_of(meta, 'train') == set(TRAIN.split())
+    assert words_of(meta, 'val') == set(VAL.split())
+    assert words_of(make(tmp_path / 'set', '--subset=two', *tok), 'train') == set(TEST.split())
+
+
+@pytest.mark.parametrize('configs, args', [
+    ('[{config_name: default, data_files: "x/*"}]', []),
+    ('[{config_name: default, data_files: ["x/*.txt"]}]', []), ('[{config_name: default}]', ['.']),
+    ('[{config_name: a, data_dir: x}, {config_name: b, data_dir: y}]', ['a']),
+    ('[{config_name: x}, {config_name: y}]', ['x'])])
+def test_other_forms_of_cards(make, tmp_path, tok, configs, args):
+    save_text(tmp_path / 'set' / 'x' / 'a', 'txt', TRAIN)
+    save_text(tmp_path / 'set' / 'y' / 'val', 'txt', VAL)
+    write(tmp_path / 'set' / 'README.md', f'---\nconfigs: {configs}\n---\n')
+    meta = make(tmp_path / 'set', *[f'--subset={name}' for name in args], *tok)
+    assert words_of(meta, 'train') == set(TRAIN.split())
+    write(tmp_path / 'set' / 'README.md', '---\nconfigs: [\n---\n')
+    with pytest.raises(UserError, match='cannot read: .*README.md'):
+        make(tmp_path / 'set', *tok)
+
+
+def test_one_folder_per_language(make, tmp_path, tok):
+    for name, content in (('de/a', TRAIN), ('en/a', VAL)):
+        save_text(tmp_path / 'set' / name, 'txt', content)
+    with pytest.raises(UserError, match='several folders to train on: de, en'):
+        make(tmp_path / 'set', *tok)
+    with pytest.raises(UserError, match="has no 'fr'; it has .*en"):
+        make(tmp_path / 'set', '--subset=fr', *tok)
+    assert words_of(make(tmp_path / 'set', '--subset=en', *tok), 'train') == set(VAL.split())
+    both = make(tmp_path / 'set', '--subset=.', *tok)
+    assert words_of(both, 'train') == set(f'{TRAIN} {VAL}'.split())
+
+# ---- what would be lost in silence ----
+
+def test_linked_folders_are_read_and_what_cannot_be_read_is_named(make, tmp_path, tok, monkeypatch):
+    save_text(tmp_path / 'elsewhere' / 'b', 'txt', VAL)
+    save_text(tmp_path / 'set' / 'a', 'txt', TRAIN)
+    (tmp_path / 'set' / 'more').symlink_to(tmp_path / 'elsewhere')
+    both = set(f'{TRAIN} {VAL}'.split())
+    once = make(tmp_path / 'set', *tok)
+    assert words_of(once, 'train') == both
+    (tmp_path / 'set' / 'again').symlink_to(tmp_path / 'set')       # endless, and read once
+    assert make(tmp_path / 'set', *tok)['rows'] == once['rows']
+    (tmp_path / 'set' / 'again').unlink()
+    access = os.access
+    for shut in ('more', 'a.txt'):      # root may read everything
+        monkeypatch.setattr(os, 'access', lambda path, mode: not path.endswith(shut)
+                            and access(path, mode))
+        with pytest.raises(UserError, match=f'cannot read .*{shut}: no permission'):
+            make(tmp_path / 'set', *tok)
+    monkeypatch.undo()
+    (tmp_path / 'set' / 'c.txt').symlink_to(tmp_path / 'gone')
+    with pytest.raises(UserError, match='cannot read .*c.txt: .*a link to nothing'):
+        make(tmp_path / 'set', *tok)
+
+
+def test_markers_between_texts_are_no_text(make, tmp_path, tok):
+    file = write(tmp_path / 'a.txt', f'{TRAIN}\n<|endoftext|>\n{VAL}<|endoftext|>{TRAIN}\n' * 200)
+    meta = make(file, *tok)
+    assert words_of(meta, 'train') == set(f'{TRAIN} {VAL}'.split())
+    assert make.out.count('<|endoftext|> counts as') == 1
+
+
+def test_a_little_text_in_one_line(make, tmp_path):
+    """6,399 Chinese characters: what can be done is said, and does it."""
+    file = write(tmp_path / 'a.txt', '天地玄黃宇宙洪荒日' * 711)
+    args = ['--letters_only=false', '--token_level=chars']
+    with pytest.raises(UserError, match='no rows for val; give more, or a larger val_fraction'):
+        make(file, *args)
+    assert make(file, '--val_fraction=0.2', *args)['rows']['val'] > 0
+
+
+def test_unknown_tokens_are_said(make, tmp_path, tok):
+    args = ['--letters_only=false', '--pack=lines', *tok]
+    make(write(tmp_path / 'a.txt', 'abc ж\n' * 3000), *args)
+    assert 'WARNING: 16.7% of the tokens are <unk>' in make.out
+    make(write(tmp_path / 'b.txt', 'abc d\n' * 3000), *args)
+    assert 'WARNING' not in make.out
+
+
+def test_ids_with_conditions_and_no_texts_get_references(make, tmp_path, tok):
+    """Training samples conditions of val.jsonl at its default interval."""
+    save_published(tmp_path / 'set', input=None, target=None)
+    meta = make(tmp_path / 'set', *tok)
+    code = AutoTokenizer.from_pretrained(meta['tokenizer'])
+    want = [[code.decode(part[:-1]) for part in row] for row in rows_of(meta, 'val')]
+    assert [[row['input'], row['target']] for row in references(meta)] == want and want
+    assert 'the set has no texts' in make.out
+
+# ---- numbers ----
+
+@pytest.mark.parametrize('n, words', [
+    (0, 'zero'), (7, 'seven'), (20, 'twenty'), (4071, 'four thousand seventy-one'),
+    (999_999, 'nine hundred ninety-nine thousand nine hundred ninety-nine'),
+    (100_000, 'one hundred thousand'), (310_012, 'three hundred ten thousand twelve')])
+def test_in_words(n, words):
+    assert in_words(n) == words
+
+
+def test_numbers(make):
+    meta = make('numbers')
+    assert meta['rows'] == dict(train=100_000, val=1000)
+    assert 'next: python train.py config/numbers.py\n' in make.out and 'WARNING' not in make.out
+    code = AutoTokenizer.from_pretrained(meta['tokenizer'])
+    seen = {split: {tuple(cond) for cond, _ in rows_of(meta, split)} for split in ('train', 'val')}
+    assert len(seen['val']) == 1000 and not seen['train'] & seen['val']
+    # one of each size first, the README's among them; short numbers are known, too
+    assert [row['input'] for row in references(meta)[:4]] == ['6', '42', '305', '4071']
+    assert [sum(len(ids) == k + 1 for ids in seen['train']) for k in (1, 2, 3)] == [9, 78, 798]
+    for row in references(meta):
+        assert in_words(int(row['input'])) == row['target']
+        for text in row.values():
+            ids = code(text, add_special_tokens=False)['input_ids']
+            assert code.decode(ids) == text and code.unk_token_id not in ids
+        assert code.tokenize(row['input']) == list(row['input'])
+
+
+def test_numbers_back():
+    for there, back in islice(zip(numbers(), numbers(back=True)), 1000):
+        assert back == dict(input=there['target'], target=there['input'])
+
+
+@pytest.mark.skipif(not os.path.exists(os.path.join(ROOT, 'config', 'numbers.py')),
+                    reason="needs config/numbers.py")
+def test_the_hint_for_own_pairs_runs(make, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    make(write(tmp_path / 'pairs.jsonl', PAIR_ROWS))
+    command = make.out.split('next: python ')[1].split()
+    data = [f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out']
+    out = run(*command, *data, '--max_iters=2', '--batch_size=8', '--eval_interval=100')
+    assert os.path.exists(tmp_path / 'out' / 'ckpt.pt') and 'iter 2' in out

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from configurator import UserError
 from model import ELF, ELFConfig, TextEncoder
-from parts.prompt import read_prompt
-from sample import generate, resolve_sampling, sample_texts
+from parts.prompt import known_tokens, read_prompt, unknown_in
+from sample import generate, read_texts, resolve_sampling, sample_texts
 
 T5 = os.path.join(os.path.dirname(ROOT), 'shared', 'data', 't5_tokenizer')
 CPU = torch.device('cpu')
@@ -81,16 +81,36 @@ def test_what_is_known_is_as_noisy_as_all_else(sampler, gamma):
         assert abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 0.1     # fresh
 
 
+def test_the_model_is_shown_a_prompt_in_noise(folder, letters):
+    """What sample_texts asks of generate: clean latents would be all known from the first step."""
+    model = ELF.from_pretrained(str(folder))
+    c, encoder, calls = model.config, TextEncoder(model.config.encoder), []
+    given = ids, known = read_prompt('abcdefghijkl', False, letters, c)
+    cond, denoise = encoder(ids[None], known[None], known[None]), model.denoise
+
+    def noted(z, x_prev, t, w):
+        calls.append((z, t[0]))
+        return denoise(z, x_prev, t, w)
+    model.denoise = noted
+    sampling = resolve_sampling(c) | dict(grid='uniform', sampler='ode')
+    list(sample_texts(model, letters, range(8), 8, 5, CPU, sampling, given, encoder))
+    assert len(calls) == 5
+    for z, t in calls:
+        noise = (z - t * cond)[:, known] / (1 - t) / c.noise_scale          # (8, 12, 16)
+        assert noise.std() == pytest.approx(1, abs=0.1) and noise.mean().abs() < 0.15
+        assert noise.std(dim=0).mean() == pytest.approx(1, abs=0.2)         # each text its own
+
+
 def test_known_tokens_come_out_as_given_and_text_i_depends_on_seed_and_i(folder, letters):
     model = ELF.from_pretrained(str(folder))
     c, encoder = model.config, TextEncoder(model.config.encoder)
-    how = resolve_sampling(c) | dict(grid='logit_normal')
+    sampling = resolve_sampling(c) | dict(grid='logit_normal')
 
     def texts(numbers, batch_size, text, holes):
         torch.manual_seed(batch_size)
         known = read_prompt(text, holes, letters, c)
-        rows = list(sample_texts(model, letters, numbers, batch_size, 5, CPU, how, None, encoder,
-                                 watch, known))
+        rows = list(sample_texts(model, letters, numbers, batch_size, 5, CPU, sampling, known,
+                                 encoder, watch))
         for row in rows:
             ids = torch.tensor(row['ids'])
             assert (ids == known[0][:len(ids)])[known[1][:len(ids)]].all()
@@ -98,8 +118,9 @@ def test_known_tokens_come_out_as_given_and_text_i_depends_on_seed_and_i(folder,
             assert row['generated'] == letters.decode(ids, skip_special_tokens=True)
         return rows
 
-    def watch(numbers, i, t, decode):
-        watched.append(decode())
+    def watch(numbers, i, t, z):
+        given = known_tokens(read_prompt(text, holes, letters, c), numbers, letters, c)
+        watched.append(read_texts(model, letters, z, sampling['w'], *given))
 
     for text, holes in (('an', False), ('the ___of', True), ('____a____', True)):
         watched = []
@@ -116,10 +137,10 @@ def test_an_eos_in_a_hole_ends_nothing(folder, letters):
     model = ELF.from_pretrained(str(folder))
     model.unembed.bias.data[1] = 100.0              # nothing but EOS
     encoder = TextEncoder(model.config.encoder)
-    how = resolve_sampling(model.config) | dict(grid='uniform')
+    sampling = resolve_sampling(model.config) | dict(grid='uniform')
     for text, ids in (('a____b', [4, 1, 1, 1, 1, 5]), ('ab___', [4, 5])):
         known = read_prompt(text, True, letters, model.config)
-        row, = sample_texts(model, letters, [0], 1, 0, CPU, how, None, encoder, prompt=known)
+        row, = sample_texts(model, letters, [0], 1, 0, CPU, sampling, known, encoder)
         assert row == dict(id=0, generated='ab', ids=ids)
 
 # --------------------------------------------------------------------------------------------------
@@ -158,43 +179,102 @@ def test_t5():
     assert shown(tokenizer, 'The ____ of the house', True, 9) == [
         '▁The', '.', '.', '.', '.', '▁of', '▁the', '▁house', '.']
     for text in ('a <extra_id_0>', '😀'):
-        with pytest.raises(UserError, match="has no token for (😀|<extra_id_0>) in a text"):
+        with pytest.raises(UserError, match="was not trained on: (😀|<extra_id_0>)$"):
             shown(tokenizer, text, False)
+    # what T5 maps to others or has no token for; its spaces, dashes and quotes are known
+    assert unknown_in('Ein “Satz” – mit\nÜ, ć und {x} 😀 …', tokenizer, 'text') == 'ć { } 😀 …'
+
+
+def test_what_the_training_text_never_had(letters, tmp_path):
+    """The tokenizer takes it, byte by byte, or maps it to what it knows."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    every = Tokenizer(models.BPE({sign: i for i, sign in enumerate(
+        ['<pad>', '</s>', '<unk>', *sorted(pre_tokenizers.ByteLevel.alphabet())])}, []))
+    every.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    every.decoder = decoders.ByteLevel()
+    names = dict(pad_token='<pad>', eos_token='</s>', unk_token='<unk>')
+    PreTrainedTokenizerFast(tokenizer_object=every, text_characters='ab 0123456789',
+                            input_characters='0123456789', **names).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert unknown_in('ab A中7\n', tokenizer, 'text') == 'A 中 \n'
+    assert unknown_in('4071', tokenizer, 'input') == '' and unknown_in('4b a', tokenizer, 'input')
+    # of words, or letters without a line break, all that is unknown
+    assert unknown_in('ab\nc', letters, 'text') == '\n'
+    words = Tokenizer(models.WordLevel(dict(zip(names.values(), range(3)), ab=3, ba=4), '<unk>'))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = PreTrainedTokenizerFast(tokenizer_object=words, **names)
+    assert [unknown_in(x, words, 'text') for x in ('ab ba', 'ab bb', 'ab c')] == ['', 'bb', 'c']
+    every.normalizer = normalizers.Lowercase()
+    lower = PreTrainedTokenizerFast(tokenizer_object=every, **names)
+    assert unknown_in('The Ü', lower, 'text') == 'T Ü' and unknown_in('中 e', lower, 'text') == ''
 
 # --------------------------------------------------------------------------------------------------
 # the command
 
 @pytest.mark.parametrize('arg, text', [
     ('--prompt=abc', 'abc'), ('--infill=ab___cd', 'ab(.{0,3})cd'), ('--infill=____ad', '.{0,4}ad')])
-def test_sample_says_what_is_given_and_gives_it(arg, text, run, folder, tmp_path):
-    out = run('sample.py', f'--init_from={folder}', f'--out_dir={tmp_path}', '--device=cpu',
-              '--dtype=float32', '--num_samples=3', '--batch_size=2', arg)
-    given = sum(letter in 'abcd' for letter in arg.partition('=')[2])
-    assert f"prompt: {given} of 13 tokens are given" in out
+def test_what_is_given_is_in_every_text(arg, text, run, folder, tmp_path):
+    run('sample.py', f'--init_from={folder}', f'--out_dir={tmp_path}', '--device=cpu',
+        '--dtype=float32', '--num_samples=3', '--batch_size=2', arg)
     lines = (tmp_path / 'samples.jsonl').read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 3 and all(re.match(text, row['generated']) for row in rows)
 
 
 @pytest.mark.parametrize('args, says', [
-    (['--prompt=a', '--infill=b___'], 'prompt and infill exclude each other'),
+    (['--prompt=a', '--infill=b___'], 'infill and prompt exclude each other'),
     (['--prompt=a', '--input=b'], 'input and prompt exclude each other'),
     (['--prompt='], "'' gives no token"), (['--infill='], "'' gives no token"),
     (['--infill=______'], 'gives no token'),
     (['--infill=abc'], "infill='abc' has no hole; write ___, an underscore for each token"),
-    (['--infill=a__c'], "has no token for _ in"),
-    (['--prompt=The Ü'], "'The Ü': the model's tokenizer has no token for T Ü in"),
-    (['--prompt=a</s>b'], 'no token for </s> in a text'),
+    (['--infill=a__c'], "'a__c' has what this model was not trained on: _$"),
+    (['--prompt=The Ü'], "'The Ü' has what this model was not trained on: T Ü$"),
+    (['--prompt=中文'], "not trained on: 中 文$"), (['--prompt=a</s>b'], "not trained on: </s>$"),
     (['--prompt=abcdefghijklm'], "takes 13 tokens, a text of this model has 13, .*; shorten it"),
     (['--infill=abc___________'], 'takes 14 tokens'),
-    (['--prompt=a', '--cfg=2'], 'cfg=2.0: a prompt is no condition')])
+    (['--prompt=a', '--cfg=2'], 'cfg=2.0: .* has no conditions to guide with'),
+    (['--cfg=2'], 'has no conditions to guide with, the texts would be the same for twice'),
+    (['--input=ab'], 'is a model without conditions; drop --input'),
+    (['--input_file=none.jsonl'], 'is a model without conditions; drop --input')])
 def test_what_is_refused(args, says, run, folder, tmp_path):
     with pytest.raises(UserError, match=says) as e:
         run('sample.py', f'--init_from={folder}', f'--out_dir={tmp_path}', '--device=cpu', *args)
     assert '\n' not in str(e.value) and not os.listdir(tmp_path)
 
 
-def test_a_model_with_conditions_takes_an_input(run, folder, tmp_path):
-    with pytest.raises(UserError, match='is a model with conditions; give --input='):
+@pytest.mark.parametrize('args, says', [
+    (['--prompt=abc'], 'is a model with conditions; give --input='),
+    ([], 'is a model with conditions; give --input='),
+    (['--input=aB7'], "'aB7' has what this model was not trained on: B 7$"),
+    (['--input=a</s>b'], "not trained on: </s>$")])
+def test_what_a_model_with_conditions_refuses(args, says, run, folder, tmp_path):
+    with pytest.raises(UserError, match=says) as e:
         run('sample.py', f'--init_from={folder}/tasks', f'--out_dir={tmp_path}', '--device=cpu',
-            '--prompt=abc')
+            *args)
+    assert '\n' not in str(e.value) and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize('args, ids', [([], [0, 1]), (['--num_samples=2'], [0, 1, 0, 1])])
+def test_a_file_of_conditions_and_targets(args, ids, run, folder, tmp_path):
+    """num_samples is how many of each; what the model will not see as it is, is said."""
+    file = tmp_path / 'pairs.jsonl'
+    file.write_text('{"source": "abcdef", "target": "x"}\n{"input": "ü", "target": 7, "n": 3}\n')
+    out = run('sample.py', f'--init_from={folder}/tasks', f'--out_dir={tmp_path}', '--device=cpu',
+              f'--input_file={file}', *args)
+    lines = (tmp_path / 'samples.jsonl').read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row['id'] for row in rows] == list(range(len(ids)))
+    assert [(row['input'], row['target']) for row in rows] == [
+        [('abcdef', 'x'), ('ü', 7)][i] for i in ids]
+    assert f'{file} has what this model was not trained on: ü\n' in out
+    assert 'the longest condition has 7 tokens with its EOS; the model reads the first 4' in out
+    assert '--- 0: abcdef\n' in out and '\ntarget: 7\n' in out
+    assert len({row['generated'] for row in rows[::2]}) == len(rows[::2])       # not the same twice
+
+
+def test_what_ends_a_row_is_left_out_of_conditions(letters):
+    c = ELFConfig(max_length=8, max_input_length=5)
+    ids, known = known_tokens(['a</s>b<pad>', 'abcdefgh'], [1, 0], letters, c)
+    assert ids.tolist() == [[4, 5, 6, 7, 8, 0, 0, 0], [4, 5, 1, 0, 0, 0, 0, 0]]
+    assert known.sum(1).tolist() == [5, 3] and known.dtype == torch.bool

@@ -20,8 +20,7 @@ import torch
 from conftest import ROOT, command, metrics, same, same_state, state
 from hypothesis import strategies as st
 
-from parts import checkpoint
-import eval as eval_py
+from parts import checkpoint, device
 import model
 from configurator import UserError, settings_of
 from parts.data import get_rows, open_bins, rows_at
@@ -254,8 +253,8 @@ def raise_at(monkeypatch, module, name, call, *numbers):
     monkeypatch.setattr(module, name, interrupted)
 
 
-# in the fifth step; in the validation after six, five batches after the first; in the first save
-MOMENTS = [(model, 'compute_loss', 5, 5), (eval_py, 'compute_loss', 6, 6), (torch, 'save', 1, 4)]
+# after five batches of validation: in step five; in the validation after six; in the first save
+MOMENTS = [(model, 'compute_loss', 10, 5), (model, 'compute_loss', 12, 6), (torch, 'save', 1, 4)]
 
 
 def test_signals_save_and_stop(run, tiny, tmp_path, monkeypatch, capsys):
@@ -265,9 +264,9 @@ def test_signals_save_and_stop(run, tiny, tmp_path, monkeypatch, capsys):
     """
     args = [*tiny, '--max_iters=12', '--save_interval=4', '--eval_interval=6', '--init_from=auto']
     run('train.py', *args, f'--out_dir={tmp_path}/alone')
-    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGINT]
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]        # of a lost terminal
     for number, (module, name, call, reached) in zip(numbers, MOMENTS):
-        out = tmp_path / f'{module.__name__}.{name}'
+        out = tmp_path / f'{name}_{call}'
         with monkeypatch.context() as m:
             raise_at(m, module, name, call, number, number)
             with pytest.raises(SystemExit) as e:
@@ -281,23 +280,24 @@ def test_signals_save_and_stop(run, tiny, tmp_path, monkeypatch, capsys):
 
 def test_only_a_ctrl_c_some_seconds_later_interrupts(monkeypatch):
     """And never a save: what the signal handler does, without a run around it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def seconds_later(number):
-        checkpoint.first_signal -= 4
+        device.signals[0] = signal.SIGINT, time.time() - 4
         signal.raise_signal(number)
 
     try:
-        checkpoint.note_signals()
+        device.note_signals()
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
         seconds_later(signal.SIGTERM)
-        monkeypatch.setattr(checkpoint, 'saving', True)
+        monkeypatch.setattr(device, 'saving', True)
         seconds_later(signal.SIGINT)
-        monkeypatch.setattr(checkpoint, 'saving', False)
+        monkeypatch.setattr(device, 'saving', False)
         with pytest.raises(KeyboardInterrupt):
             seconds_later(signal.SIGINT)
-        assert checkpoint.signals[0] == signal.SIGINT and len(checkpoint.signals) == 7
+        assert device.signals[0][0] == signal.SIGINT and len(device.signals) == 7
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -382,7 +382,7 @@ def spoil(monkeypatch, factor, first, last):
 
 @pytest.mark.parametrize('factor', [float('nan'), float('inf')])
 def test_a_bad_step_is_skipped(run, tiny, tmp_path, monkeypatch, factor):
-    spoil(monkeypatch, factor, 3, 3)
+    spoil(monkeypatch, factor, 8, 8)       # five batches of validation come first
     said = run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=5', '--save_interval=1',
                '--keep_interval=1')
     assert 'iter 3: SKIPPED' in said
@@ -395,7 +395,7 @@ def test_a_bad_step_is_skipped(run, tiny, tmp_path, monkeypatch, factor):
 
 
 def test_bad_steps_in_a_row_end_the_run(run, tiny, tmp_path, monkeypatch):
-    spoil(monkeypatch, float('nan'), 5, 100)
+    spoil(monkeypatch, float('nan'), 10, 100)
     with pytest.raises(UserError, match='3 steps in a row without a finite gradient, up to iter 7 '
                                         '.* checkpoint is of iter 4: --init_from='):
         run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=50', '--save_interval=4',

@@ -100,7 +100,7 @@ def test_bleu_rises_and_order_is_kept(run, toy, tmp_path):
     assert texts[0] == texts[1]
     assert [(row['id'], row['input']) for row in texts[0]] == list(enumerate(inputs))
     said = run('sample.py', f'--out_dir={out}', f'--input={inputs[0]}', *on_cpu, '--trace=3')
-    assert f"--- 0\n{texts[0][0]['generated']}" in said and said.count('  t=') == 3
+    assert f"--- 0: {inputs[0]}\n{texts[0][0]['generated']}" in said and said.count('  t=') == 3
     with pytest.raises(UserError, match='is a model with conditions; give --input'):
         run('sample.py', f'--out_dir={out}', '--num_samples=2')
     with pytest.raises(UserError, match='cannot read'):
@@ -136,7 +136,7 @@ def test_encoders_of_other_widths(run, toy, tmp_path, C):
     how = ['--input=ba be bi', '--steps=2']
     ours = run('sample.py', f'--out_dir={out}', *how)
     theirs = run('sample.py', f'--init_from={export}', f'--out_dir={tmp_path}', *how)
-    texts = [said.split('--- 0\n')[1].split('\n1 texts')[0] for said in (ours, theirs)]
+    texts = [said.split('--- 0: ba be bi\n')[1] for said in (ours, theirs)]
     assert texts[0] == texts[1]
 
 

@@ -18,11 +18,14 @@ import pytest
 import torch
 from conftest import ROOT, command, metrics, same, same_state, state
 
+import model
 import train
-from parts.checkpoint import save_checkpoint, where_to_start
 from configurator import UserError, settings_of
-from parts.data import FILES, sha256, write_split
 from model import ELF, MODELS, ELFConfig
+from parts.checkpoint import launch, save_checkpoint, where_to_start
+from parts.data import FILES, sha256, write_split
+from parts.device import pick_device, start
+from sample import resolve_sampling
 
 TRAIN = os.path.join(ROOT, 'train.py')
 
@@ -85,7 +88,8 @@ def test_the_average_moves_as_said(run, tiny, tmp_path, monkeypatch, warmup, dec
         assert torch.allclose(ckpt['ema'][name], want, atol=1e-6), name
         stays = name == 'final_layer.norm_final.weight'     # behind the head, which starts at 0
         assert torch.equal(first, now) == stays, name
-    assert ckpt['config'].keys() == settings_of(TRAIN).keys()
+    also = {'ranks', 'bf16', 'bins'}
+    assert ckpt['config'].keys() == settings_of(TRAIN).keys() | also
 
 
 def test_adamw_and_epochs(run, tiny, tmp_path):
@@ -99,12 +103,6 @@ def test_adamw_and_epochs(run, tiny, tmp_path):
     rates = [row['lr'] for row in metrics(tmp_path) if 'lr' in row]
     assert rates == pytest.approx([peak * min(1, i / 6) for i in range(12)])
 
-
-def test_a_setting_of_minus_one_is_a_number(run, tiny, tmp_path):
-    names = ('t_mean', 'decoder_mean', 'gamma', 'w')
-    run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=1',
-        *[f'--{name}=-1' for name in names])
-    assert [state(tmp_path)['model_args'][name] for name in names] == [-1] * 4
 
 # --------------------------------------------------------------------------------------------------
 # ranks
@@ -170,9 +168,31 @@ def test_ranks_that_see_different_checkpoints_stop(run, tiny, tmp_path, second, 
 
 def test_ranks_must_divide_and_errors_are_one_line(tiny, tmp_path):
     done = subprocess.run(command('train.py', *tiny, f'--out_dir={tmp_path}'), text=True,
-                          capture_output=True, env=os.environ | dict(WORLD_SIZE='3', RANK='0'))
+                          capture_output=True, env=os.environ | dict(
+                              WORLD_SIZE='3', RANK='0', MASTER_ADDR='localhost', MASTER_PORT='1'))
     assert done.returncode == 1 and done.stderr.count('\n') == 1
-    assert 'do not divide over 3 ranks' in done.stderr
+    assert 'does not divide over 3 ranks' in done.stderr
+
+
+
+def test_a_mistake_is_shown_once_by_all_ranks(tiny, tmp_path):
+    done = subprocess.run(command('train.py', *tiny, f'--out_dir={tmp_path}', '--w_min=6', ranks=2),
+                          text=True, capture_output=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.count('error: ') == 1, done.stderr
+    assert 'error: w_min=6.0 must not exceed' in done.stderr
+
+
+def test_one_gpu_for_several_ranks_is_refused(monkeypatch):
+    for name, value in dict(RANK='1', WORLD_SIZE='2', MASTER_ADDR='x', MASTER_PORT='1').items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match='names one GPU for 2 ranks; give --device=cuda'):
+        start('cuda:0', 'auto')
+
+
+def test_a_rank_left_in_the_environment_is_no_launch(run, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv('RANK', '3')
+    assert 'ranks: 1' in run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=1')
+    assert state(tmp_path)['iter_num'] == 1
 
 # --------------------------------------------------------------------------------------------------
 # resume
@@ -216,7 +236,7 @@ def test_resume_refuses_other_mathematics_and_says_what_jumps(run, tiny, tmp_pat
         run(*args, '--init_from=resume', '--lr_schedule=constant')
     assert (tmp_path / 'ckpt.pt').read_bytes() == before
     out = run(*args, '--init_from=resume', '--max_iters=6')
-    assert 'the learning rate jumps from 0.00e+00 to 5.00e-03: max_iters was 4, now 6' in out
+    assert 'max_iters was 4, now 6: the cosine of the learning rate jumps' in out
 
 
 def test_resume_refuses_other_bins(run, tiny, bins, tmp_path):
@@ -227,19 +247,92 @@ def test_resume_refuses_other_bins(run, tiny, bins, tmp_path):
 
     def refused(what, **changes):
         (folder / 'meta.json').write_text(json.dumps(meta | changes))
-        with pytest.raises(UserError, match=re.escape(f'on other bins than {folder} holds now')) \
-                as e:
+        with pytest.raises(UserError, match='on other bins than those of --dataset=tiny now') as e:
             run(*args, '--init_from=resume')
         assert f'({what} differ)' in str(e.value)
 
     refused('latent_std', latent_std=0.5)
+    refused('latent_mean', latent_mean=0.5)
     rows = [([], [5] * 12 + [1])] * 24
     n, tokens, _ = write_split(folder, 'val', rows, np.uint16, 30)      # as many, but others
     checksums = {name: sha256(folder / name) for name in FILES}
-    refused('checksums', checksums=checksums)
+    refused('val.bin', checksums=checksums)
     n, tokens, _ = write_split(folder, 'val', rows[:20], np.uint16, 30)
     refused('rows', rows=meta['rows'] | dict(val=n), tokens=meta['tokens'] | dict(val=tokens))
     assert state(tmp_path / 'out')['iter_num'] == 1
+
+
+@pytest.mark.parametrize('part, file', [('encoder', 'model.safetensors'),
+                                        ('tokenizer', 'tokenizer.json')])
+def test_resume_refuses_an_encoder_or_tokenizer_made_again(run, tiny, bins, tmp_path, part, file):
+    """Of the same size, beside the same ids."""
+    folder = shutil.copytree(bins / 'tiny', tmp_path / 'tiny')
+    args = ['train.py', *tiny, f'--data_dir={tmp_path}', f'--out_dir={tmp_path}/out']
+    run(*args, '--max_iters=1')
+    content = bytearray((folder / part / file).read_bytes())
+    content[-2] ^= 8 if part == 'encoder' else 0x2a     # a weight; white space before the last }
+    (folder / part / file).write_bytes(content)
+    with pytest.raises(UserError, match=f'{part}/{file} differ'):
+        run(*args, '--init_from=resume', '--max_iters=2')
+
+
+def test_a_smaller_gpu_may_go_on(run, tiny, tmp_path):
+    """Half the rows at once, twice as often: the same rows a step. Half of them is another run."""
+    args = ['train.py', *tiny, f'--out_dir={tmp_path}']
+    run(*args, '--max_iters=2')
+    smaller = [*args, '--init_from=resume', '--max_iters=4', '--batch_size=4']
+    with pytest.raises(UserError, match='batch_size was 8, now 4'):
+        run(*smaller)
+    out = run(*smaller, '--gradient_accumulation_steps=2')
+    assert 'batch_size was 8, now 4; gradient_accumulation_steps was 1, now 2' in out
+    assert 'the same rows a step' in out and 'other draws' in out
+    assert state(tmp_path)['rows_seen'] == 32
+
+
+def test_a_resumed_run_takes_new_settings_of_the_sampler(run, tiny, tmp_path):
+    args = ['train.py', *tiny, f'--out_dir={tmp_path}']
+    run(*args, '--max_iters=1')
+    run(*args, '--max_iters=2', '--init_from=resume', '--steps=7', '--gamma=0.25', '--grid=uniform')
+    c = ELF.from_pretrained(str(tmp_path)).config
+    assert (c.steps, c.gamma, c.grid) == (7, 0.25, 'uniform')
+
+
+def test_a_fine_tune_samples_as_it_says(run, tiny, tmp_path):
+    """Not as the weights that it starts from were published to be sampled in so many steps."""
+    run('train.py', *tiny, f'--out_dir={tmp_path}/a', '--max_iters=1')
+    ckpt = state(tmp_path / 'a')
+    ckpt['model_args']['by_steps'] = {8: dict(gamma=2.0)}
+    torch.save(ckpt, tmp_path / 'a' / 'ckpt.pt')
+    run('train.py', *tiny, f'--init_from={tmp_path}/a', f'--out_dir={tmp_path}/b', '--max_iters=1',
+        '--steps=8', '--gamma=0.3')
+    sampling = [resolve_sampling(ELF.from_pretrained(f'{tmp_path}/{x}').config, 8) for x in 'ab']
+    assert [x['gamma'] for x in sampling] == [2.0, 0.3]
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_each_pass_of_a_run_is_in_the_precision_asked_for(run, tiny, tmp_path, monkeypatch, dtype):
+    real, seen = model.compute_loss, set()
+
+    def watched(*args):
+        seen.add(torch.is_autocast_enabled('cpu'))
+        return real(*args)
+
+    monkeypatch.setattr(model, 'compute_loss', watched)
+    run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=1', f'--dtype={dtype}')
+    assert seen == {dtype == 'bfloat16'}
+
+
+@pytest.mark.parametrize('dtype, fast, precision', [
+    ('float32', True, 'highest'), ('bfloat16', True, 'high'), ('auto', True, 'high'),
+    ('auto', False, 'highest')])
+def test_tf32_goes_with_bfloat16_alone(monkeypatch, dtype, fast, precision):
+    asked = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a T4')
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: fast)
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', asked.append)
+    _, _, about = pick_device('cuda', dtype)
+    assert asked == [precision] and ('no tensor cores' in about) == (not fast)
 
 
 def test_a_fine_tune_of_other_sizes_is_resumed(run, tiny, tmp_path):
@@ -278,22 +371,28 @@ def test_a_checkpoint_is_not_overwritten_unasked(run, tiny, tmp_path, monkeypatc
         assert (tmp_path / name).read_bytes() == content
     run(*args, '--overwrite=true', '--max_iters=2')
     for name, content in before.items():
-        assert (tmp_path / f'old_{name}').read_bytes() == content
+        assert (tmp_path / 'old_1' / name).read_bytes() == content
     assert state(tmp_path)['iter_num'] == 2 and len(metrics(tmp_path)) == 4
+    # again: nothing that was ever there is lost, and each can be sampled
+    run(*args, '--overwrite=true', '--max_iters=3')
+    for name, iters in (('old_1', 1), ('old_2', 2)):
+        assert state(tmp_path / name)['iter_num'] == iters
+        c = ELF.from_pretrained(str(tmp_path / name)).config
+        assert c.tokenizer == str(tmp_path / name / 'tokenizer')
 
 
 def test_where_to_start(tmp_path, monkeypatch):
     monkeypatch.delenv('TORCHELASTIC_RESTART_COUNT', raising=False)
     out = str(tmp_path)
 
-    def start(init_from, overwrite=False, launch='mine'):
-        return where_to_start(init_from, out, overwrite, launch)
+    def start(init_from, overwrite=False):
+        return where_to_start(init_from, out, overwrite)
 
     with_auto = [start(x) for x in ('auto', 'auto:weights', 'auto:org/repo')]
     assert with_auto == ['scratch', 'weights', 'org/repo']
     assert [start(x) for x in ('scratch', 'resume', 'weights')] == ['scratch', 'resume', 'weights']
     save_checkpoint(out, dict(iter_num=1))
-    (tmp_path / 'settings.json').write_text(json.dumps(dict(launch='mine')))
+    (tmp_path / 'settings.json').write_text(json.dumps(dict(launch=launch())))
     assert [start(x) for x in ('auto', 'auto:weights', 'resume')] == ['resume'] * 3
     for init_from in ('scratch', 'weights'):
         with pytest.raises(UserError, match='there already'):
@@ -304,9 +403,10 @@ def test_where_to_start(tmp_path, monkeypatch):
     for init_from in ('scratch', 'weights', 'auto:weights'):
         assert start(init_from, overwrite=True) == 'resume'
         assert start(init_from) == 'resume'
-    assert start('scratch', overwrite=True, launch='yours') == 'scratch'
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'another')
+    assert start('scratch', overwrite=True) == 'scratch'
     with pytest.raises(UserError, match='there already'):
-        start('scratch', launch='yours')
+        start('scratch')
 
 # --------------------------------------------------------------------------------------------------
 # what is refused
@@ -329,17 +429,29 @@ def test_each_setting_has_one_default_and_is_read():
                     read.add(node.id)
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     read.add(node.value)
-        if script == 'train.py':        # which hands these over by name, all at once
-            read |= model_settings
+        # some are handed over all at once, and read by name
+        read |= dict(zip(('train.py', 'sample.py'), (
+            model_settings | {'wandb_log', 'wandb_project'},
+            {'input_file', 'num_samples', 'prompt', 'infill'}))).get(script, set())
         assert settings_of(path).keys() <= read, script
 
 
 MISTAKES = [
-    ('--steps=0', 'steps=0: must lie between 1'),
-    ('--max_iters=0', 'max_iters=0: must lie between 1'),
-    ('--batch_size=0', 'batch_size=0: must lie between 1'),
-    ('--ema_decay=1.5', 'ema_decay=1.5: must lie between 0 and 1'),
-    ('--weight_decay=-1', 'weight_decay=-1.0: must lie between 0'),
+    ('--steps=0', "steps='0' must lie between 1"),
+    ('--max_iters=0', "max_iters='0' must lie between 1"),
+    ('--batch_size=0', "batch_size='0' must lie between 1"),
+    ('--ema_decay=1.5', "ema_decay='1.5' must lie between 0 and 1"),
+    ('--weight_decay=-1', "weight_decay='-1' must lie between 0"),
+    ('--gamma=-2', "gamma='-2' must lie between 0"),
+    ('--w_min=0', 'itself excluded'),           # v would be guided by 1 - 1 / 0
+    ('--t_eps=0', 'itself excluded'),
+    # what nothing would read
+    ('--distill_steps=4', 'distill_steps=4 is read only with teacher; leave it at 0'),
+    ('--distill_substeps=4', 'distill_substeps=4 is read only with teacher; leave it at 0'),
+    ('--weight_decay=0.1', 'only with optimizer=adamw; leave it at 0.0'),
+    ('--cfg=2', 'cfg=2.0 is read only with max_input_length'),
+    ('--drop_cond_prob=0.1', 'only with max_input_length'),
+    ('--min_lr=0.1', 'only with lr_schedule=cosine'),
     ('--learning_rate=nan', 'learning_rate'),
     ('--dataset=nothing', 'run: python prepare.py --dataset=nothing'),
     ('--max_length=8', 'has rows of 13 tokens, max_length is 8'),

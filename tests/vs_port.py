@@ -208,7 +208,7 @@ if __name__ == '__main__':
         bf16 = pick_device(device.type, dtype)[1]
         own, ctx = copy.deepcopy(model), autocast(device, bf16)
         if compile:
-            compile_in_place(own, device)
+            compile_in_place(own, device=device)
         elif what == 'sample':
             pack_linears(own, bf16)
         if what == 'sample':

@@ -1,0 +1,111 @@
+"""
+A script as a process: its rank, its errors in one line, its streams, what it asks of the hub.
+"""
+import errno
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+
+# Scripts import this before torch, which reads it when it is loaded: how long a thread of
+# OpenMP spins for the others before it sleeps. A matter of microseconds, or two programs on one
+# machine are each many times slower; not at all, and one alone is half slower.
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+# a notebook's names a module that this Python may lack; matplotlib would stop at it
+os.environ.pop('MPLBACKEND', None)
+
+
+def rank_and_world():
+    """The number of this process and how many there are: of a torchrun, else 0 and 1."""
+    # a lone RANK, left by a scheduler or an old export, is no launch
+    needed = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
+    if not all(name in os.environ for name in needed):
+        return 0, 1
+    return int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+
+# -------------------------------------------------------------------------------------------------
+# errors and output
+
+class UserError(ValueError):
+    """What was given, what is allowed, what to do. Exit code 1, no traceback."""
+    def __str__(self):
+        return one_line(super().__str__())      # what was given may have line breaks
+
+
+def one_line(e):
+    """A text or an exception of many lines -> one line; of an exception the kind as well."""
+    text = ' '.join(str(e).split())
+    return f"{type(e).__name__} {text}"[:200] if isinstance(e, Exception) else text
+
+
+def one_line_errors(kind, error, traceback):
+    """The sys.excepthook of all scripts."""
+    text = str(error)
+    if issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        text = (f"no room to write {error.filename or 'a file'}: {error.strerror}; "
+                "the checkpoints there are intact")
+    elif issubclass(kind, RuntimeError) and ('out of memory' in text
+                                             or "can't allocate memory" in text):
+        text = (f"out of memory: {one_line(text)[:120]}; lower batch_size or the sizes, "
+                "or set --gradient_checkpointing=true")
+    elif issubclass(kind, KeyboardInterrupt):
+        return print("\ninterrupted", file=sys.stderr)
+    elif not issubclass(kind, UserError):
+        return sys.__excepthook__(kind, error, traceback)
+    if rank_and_world()[0]:
+        # all ranks find the same mistake: torchrun ends this one when the first has said it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    print(f"error: {text}", file=sys.stderr)
+
+
+class Unwatched:
+    """A stream for which work goes on when nobody reads it any more: head, a full log."""
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, f, *args):
+        try:
+            f(*args)
+        except BrokenPipeError:     # for good: what is still in its buffer goes nowhere, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except (OSError, ValueError):       # no room, a lost terminal; closed by the program
+            pass
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def open_streams():
+    """stdout and stderr that never raise, whatever they are connected to."""
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name) or open(os.devnull, 'w')        # None without a console
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')    # texts have characters that some terminals lack
+        if not isinstance(stream, Unwatched):
+            setattr(sys, name, Unwatched(stream))
+
+@contextmanager
+def from_hub(what, source):
+    """Around a call of a Hugging Face client: whatever it raises becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:      # the clients have a dozen kinds, and wrap each other's
+        cause = e
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
+        why = "is not usable" if os.path.exists(source) else (
+            "is no file or folder here, and the hub did not give it: check the spelling and the "
+            "network (is HF_HUB_OFFLINE set?); if it is private, or gated and you accepted its "
+            "terms on its page: hf auth login")
+        raise UserError(f"{what}: {source!r} {why} ({one_line(cause)})") from None

@@ -1,0 +1,173 @@
+"""
+What lets everything run without a download: the text inside every Python, a task made on the spot,
+tokenizers trained on the text at hand, and a small T5 encoder whose vectors are made, not trained.
+"""
+import ast
+import os
+import random
+import re
+from itertools import chain
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from parts.data import open_split
+
+# -------------------------------------------------------------------------------------------------
+# texts
+
+def docstrings():
+    """Every docstring of Python's standard library but its tests; read, never imported."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    # a distribution may leave some out, or put its own packages beside
+    skipped = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'lib2to3'}
+    for at, folders, files in os.walk(os.path.dirname(os.__file__)):
+        folders[:] = sorted(set(folders) - skipped)
+        for file in sorted(file for file in files if file.endswith('.py')):
+            with open(os.path.join(at, file), 'rb') as f:
+                tree = ast.parse(f.read())
+            for node in ast.walk(tree):
+                if isinstance(node, documented):
+                    yield ast.get_docstring(node) or ''
+
+
+def is_prose(paragraph):
+    """No code, grammar, table or heading."""
+    letters = sum(ch.isalpha() or ch in ' ,.' for ch in paragraph)
+    whole = len(paragraph) > 60 and paragraph[-1] in '.:;'
+    return whole and letters > 0.92 * len(paragraph) and '::=' not in paragraph
+
+
+def pydocs():
+    """
+    The prose that every Python carries, of its language reference (pydoc_data.topics) and of its
+    library's docstrings -> rows, a line each: a paragraph, a blank line, a paragraph, ...
+    """
+    from pydoc_data.topics import topics
+    paragraphs = {}             # a dict, as some stand in two places
+    for text in chain((topics[topic] for topic in sorted(topics)), docstrings()):
+        for paragraph in text.split('\n\n'):
+            flat = re.sub(r'[*"`]+', '', ' '.join(paragraph.split()))
+            if is_prose(flat):
+                paragraphs[flat] = True
+    return [dict(text=line) for line in '\n\n'.join(paragraphs).splitlines(keepends=True)]
+
+
+BELOW_20 = ('zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen '
+            'fifteen sixteen seventeen eighteen nineteen').split()
+TENS = 'twenty thirty forty fifty sixty seventy eighty ninety'.split()
+
+
+def in_words(n):
+    """A number from 0 to 999,999 in English: 4071 -> 'four thousand seventy-one'."""
+    if n >= 1000:
+        head, rest = in_words(n // 1000) + ' thousand', n % 1000
+    elif n >= 100:
+        head, rest = BELOW_20[n // 100] + ' hundred', n % 100
+    elif n >= 20:
+        return TENS[n // 10 - 2] + (f'-{BELOW_20[n % 10]}' if n % 10 else '')
+    else:
+        return BELOW_20[n]
+    return f'{head} {in_words(rest)}' if rest else head
+
+
+def numbers(back=False):
+    """
+    Rows of a number below a million in digits and in words, or back: 100 to train on, then one that
+    is held out, a thousand times. Half of the former have a random count of digits, so that short
+    numbers are known, too, but for some of them.
+    """
+    rng = random.Random(0)
+    examples = [6, 42, 305, 4071, 58_213, 70_006, 311_840, 900_017]
+    held_out = examples + rng.sample(range(1_000_000), 992)
+    unseen = set(held_out)
+    for k in (1, 10, 100, 1000, 10_000):
+        unseen.update(rng.sample(range(k, 10 * k), min(k, 100)))
+    for last in held_out:
+        drawn = []
+        while len(drawn) < 100:
+            digits = rng.randint(1, 6) if len(drawn) % 2 else 6
+            drawn += {rng.randrange(10 ** digits)} - unseen
+        for n in (*drawn, last):
+            texts = (in_words(n), str(n)) if back else (str(n), in_words(n))
+            yield dict(zip(('input', 'target'), texts))
+
+# -------------------------------------------------------------------------------------------------
+# tokens
+
+def train_tokenizer(texts, level, size):
+    """
+    A tokenizer of 'chars', of 'words' (each with what joins it to the one before; each digit by
+    itself), or of at most size 'subwords', under T5's conventions (pad 0, eos 1, unk 2), which
+    gives every text of its symbols back exactly.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    special = ['<pad>', '</s>', '<unk>']
+    if level == 'subwords':
+        tok = Tokenizer(models.BPE(unk_token='<unk>'))
+        tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tok.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        tok.train_from_iterator(texts, trainer)
+    else:
+        pattern = r'(?s).' if level == 'chars' else r'(?s)[ -]?[^\W\d_]+|.'
+        symbols = set()
+        for text in texts:
+            symbols.update(text if level == 'chars' else re.findall(pattern, text))
+        ids = {symbol: i for i, symbol in enumerate(special + sorted(symbols))}
+        tok = Tokenizer(models.WordLevel(ids, unk_token='<unk>'))
+        pattern = '' if level == 'chars' else Regex(pattern.removeprefix('(?s)'))
+        tok.pre_tokenizer = pre_tokenizers.Split(pattern, 'isolated')
+        tok.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', eos_token='</s>',
+                                   unk_token='<unk>', clean_up_tokenization_spaces=False)
+
+# -------------------------------------------------------------------------------------------------
+# latents
+
+def neighbour_vectors(meta, dim, seed):
+    """
+    Vectors (V, dim) of tokens by the company they keep, so that "is" lies near "was": how much more
+    often than by chance each other token stands right before or after, as a positive logarithm,
+    reduced to dim singular directions. The strongest one only tells how frequent a token is and is
+    left out. Mean square norm 1; rare tokens are short.
+    """
+    V = meta['vocab_size']
+    ids = open_split(meta, 'train')[0][:2_000_000].astype(np.int64)
+    # a token and a neighbour as one number; neighbours on the right count from V on
+    before, after = ids[1:] * 2 * V + ids[:-1], ids[:-1] * 2 * V + V + ids[1:]
+    pairs, counts = np.unique(np.concatenate((before, after)), return_counts=True)
+    at = np.stack(np.divmod(pairs, 2 * V))
+    tokens = np.bincount(at[0], counts, V)
+    # the power keeps rare neighbours from ruling
+    neighbours = np.bincount(at[1], counts, 2 * V) ** 0.75
+    chance = tokens[at[0]] * neighbours[at[1]] / neighbours.sum()
+    surprise = np.log(counts / chance).clip(0).astype(np.float32)
+    surprise = torch.sparse_coo_tensor(at, surprise, (V, 2 * V), check_invariants=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)         # the method starts from random directions
+        u, s, _ = torch.svd_lowrank(surprise, q=min(dim + 1, V), niter=4)
+    vectors = F.pad(u[:, 1:] * s[1:].sqrt(), (0, dim + 1 - len(s)))
+    return vectors / vectors.square().sum(-1).mean().sqrt()
+
+
+def save_encoder(path, meta, dim, layers, seed):
+    """
+    A small T5 encoder with seeded random weights, but for its token vectors: those of their
+    neighbours, and some noise that tells apart what is alike. That is all the demo needs.
+    """
+    from transformers import T5Config, T5EncoderModel
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    heads = 4 if dim % 4 == 0 else 1
+    config = T5Config(vocab_size=meta['vocab_size'], d_model=dim, d_kv=dim // heads, d_ff=2 * dim,
+                      num_layers=layers, num_heads=heads)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = T5EncoderModel(config)
+    table = model.get_input_embeddings().weight.data        # unit normal
+    table.mul_(0.4).add_(neighbour_vectors(meta, dim, seed), alpha=dim ** 0.5)
+    model.save_pretrained(path)
