@@ -75,8 +75,8 @@ def in_words(n):
 def numbers(back=False):
     """
     Rows of a number below a million in digits and in words, or back: 100 to train on, then one that
-    is held out, a thousand times. Half of the former have a random count of digits, so that short
-    numbers are known, too, but for some of them.
+    is held out, a thousand times. The former have as many digits as the largest of three dice, so
+    that short numbers are known, too, but for some of them.
     """
     rng = random.Random(0)
     examples = [6, 42, 305, 4071, 58_213, 70_006, 311_840, 900_017]
@@ -87,7 +87,7 @@ def numbers(back=False):
     for last in held_out:
         drawn = []
         while len(drawn) < 100:
-            digits = rng.randint(1, 6) if len(drawn) % 2 else 6
+            digits = max(rng.randint(1, 6) for _ in range(3))
             drawn += {rng.randrange(10 ** digits)} - unseen
         for n in (*drawn, last):
             texts = (in_words(n), str(n)) if back else (str(n), in_words(n))
