@@ -196,7 +196,7 @@ def test_text_encoder(t5, attention):
 
 
 def test_text_encoder_must_exist(tmp_path):
-    with pytest.raises(UserError, match='no text encoder .*neither a folder'):
+    with pytest.raises(UserError, match='no text encoder .*is no file or folder here'):
         TextEncoder(str(tmp_path / 'none'))
 
 # --------------------------------------------------------------------------------------------------
