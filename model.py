@@ -439,30 +439,37 @@ class TextEncoder(nn.Module):
         return self     # dropout stays off, whatever the module around it does
 
     @torch.no_grad()
-    def forward(self, ids, valid_mask, cond_mask=None, drop_cond=None):
+    def forward(self, ids, valid_mask=None, cond_mask=None, drop_cond=None):
         """
         ids (B, T), valid_mask (B, T) no padding, cond_mask (B, T) the condition, drop_cond (B,)
         -> latents (B, T, C). Condition positions attend to the condition, all others to every
         valid position, or in drop_cond rows to all but the condition. Padding is never attended
-        to, but gets latents. [utils/encoder_utils.py]
+        to, but gets latents. valid_mask None: all is valid. [utils/encoder_utils.py]
         """
-        see = valid_mask.bool()[:, None, :].expand(-1, ids.shape[1], -1)    # (B, T query, T key)
-        if cond_mask is not None:
-            query, key = cond_mask.bool()[:, :, None], cond_mask.bool()[:, None, :]
-            see = torch.where(query, key, see)
-            if drop_cond is not None:
-                drop = to_device(drop_cond, ids.device)[:, None, None]
-                see = see & ~(drop & ~query & key)
-        # additive floats in 4-D: the one form that is right under every attention of transformers 5
-        mask = torch.zeros(see.shape, device=ids.device)
-        mask = mask.masked_fill_(~see, torch.finfo(torch.float32).min)
-        latents = self.model(input_ids=ids, attention_mask=mask[:, None]).last_hidden_state
+        mask = None
+        if valid_mask is not None:
+            see = valid_mask.bool()[:, None, :]                     # (B, 1 or T query, T key)
+            if cond_mask is not None:
+                query, key = cond_mask.bool()[:, :, None], cond_mask.bool()[:, None, :]
+                see = torch.where(query, key, see)
+                if drop_cond is not None:
+                    drop = to_device(drop_cond, ids.device)[:, None, None]
+                    see = see & ~(drop & ~query & key)
+            # additive floats in 4-D: the one form that is right under every attention of
+            # transformers 5
+            mask = torch.zeros(see.shape, device=ids.device)
+            mask = mask.masked_fill_(~see, torch.finfo(torch.float32).min)[:, None]
+        latents = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         return (latents.float() - self.latent_mean) / self.latent_std
 
 
 def encode_rows(encoder, batch, draws, c, device):
     """A batch of get_rows -> x0, tokens, loss_mask, cond_mask on the device, for compute_loss."""
     ids, valid, cond = (to_device(a, device) for a in batch)
-    x0 = encoder(ids, valid, cond, draws.drop_cond)
+    # asked on the CPU, which waits for nothing; T5 makes a (B, H, T, T) of each mask
+    if batch[2].any():
+        x0 = encoder(ids, valid, cond, draws.drop_cond)
+    else:
+        x0 = encoder(ids, None if batch[1].all() else valid)
     loss_mask = ~cond if c.pad_token == 'eos' else valid & ~cond
     return x0, ids, loss_mask, cond

@@ -116,7 +116,8 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
     z = torch.where(known, cond, z)
     x_prev = torch.zeros_like(z) if noisy_cond else torch.where(known, cond, 0.0)     # no guess yet
     for i in range(steps):
-        t, t_next = times[:, i], times[:, i + 1]                                        # (B, 1, 1)
+        # contiguous, as a * t below is: torch.compile makes a graph of each layout of t
+        t, t_next = times[:, i].contiguous(), times[:, i + 1]                           # (B, 1, 1)
         if watch:
             watch(i, t.flatten(), z)
 

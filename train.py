@@ -206,7 +206,8 @@ if __name__ == '__main__':
     if optimizer == 'muon':
         opt = make_optimizer(raw_model.named_parameters(), learning_rate, getattr(torch, ns_dtype))
     else:
-        opt = torch.optim.AdamW(params, learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
+        opt = torch.optim.AdamW(params, learning_rate, betas=(0.9, 0.95),
+                                weight_decay=weight_decay, fused=device.type == 'cuda')
     if ckpt:
         ema.load_state_dict(ckpt['ema'])
         opt.load_state_dict(ckpt['optimizer'])

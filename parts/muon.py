@@ -6,6 +6,8 @@ torch.optim.Muon is not exact enough: no bias correction, bfloat16 only, updates
 small matrices. Equal shapes are orthogonalised as one batch, and ranks share the work. Nothing of
 ELF is in here.
 """
+from collections import defaultdict
+
 import torch
 import torch.distributed as dist
 
@@ -20,8 +22,7 @@ def orthogonalize(x, dtype=torch.float32):
     if m > n:
         return orthogonalize(x.mT, dtype).mT
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-8)
-    # five turns on A in a row would lose the small singular values; nearly square ones gain
-    # nothing by it
+    # five turns on one A would lose the small singular values; nearly square x gain nothing by it
     for turns in (3, 2) if n >= 1.5 * m else (1,) * 5:
         x = turns_on_gram(x @ x.mT, turns) @ x
     return x
@@ -30,24 +31,20 @@ def orthogonalize(x, dtype=torch.float32):
 def turns_on_gram(A, turns):
     """
     Q with Q x = x after so many turns, from A = x x^T alone. All factors are polynomials in A, so
-    they commute, and a turn costs products of the short side only: a third less work than on x
-    itself.
+    they commute, and a turn costs products of the short side only: a third less work than on x.
     """
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     Q = None
     for i in range(turns):
-        F = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315).add_(eye, alpha=3.4445)
-        Q = F if Q is None else F @ Q
+        turn = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315).add_(eye, alpha=3.4445)
+        Q = turn if Q is None else turn @ Q
         if i < turns - 1:
-            A = F @ A @ F
+            A = turn @ A @ turn
     return Q
 
 
 class Muon(torch.optim.Optimizer):
-    """
-    Two groups, 'muon' for the 2-D tensors, (out, in), and 'adam' for the others; one learning
-    rate.
-    """
+    """Two groups, 'muon' for the 2-D tensors, (out, in), and 'adam' for the others; one rate."""
     def __init__(self, params, lr, ns_dtype):
         self.ns_dtype = ns_dtype
         matrices, others = [p for p in params if p.ndim == 2], [p for p in params if p.ndim != 2]
@@ -56,11 +53,14 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision('highest')       # a float32 that is not TF32
         for group in self.param_groups:
             group['step'] += 1
             params = group['params']
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             (self.step_muon if group['name'] == 'muon' else self.step_adam)(group, params, grads)
+        torch.set_float32_matmul_precision(precision)
 
     def moments(self, params, name):
         """A running average of each parameter, zeros at first -> list of tensors."""
@@ -72,9 +72,17 @@ class Muon(torch.optim.Optimizer):
     def step_muon(self, group, params, grads):
         average = self.moments(params, 'average')
         torch._foreach_lerp_(average, grads, 1 - 0.95)
-        mine = share_out(params)[rank()]
-        updates = [nesterov(average[i], grads[i], 0.95, group['step']) for i in mine]
-        for p, u in zip(params, self.orthogonal(params, mine, updates)):
+        shares, alike = share_out(params), defaultdict(list)
+        for i in shares[rank()]:
+            alike[params[i].shape].append(i)
+        updates = [None] * len(params)
+        for numbers in alike.values():
+            ahead = [nesterov(average[i], grads[i], 0.95, group['step']) for i in numbers]
+            for i, u in zip(numbers, orthogonalize(torch.stack(ahead), self.ns_dtype)):
+                updates[i] = u
+        if ranks() > 1:
+            gather(params, updates, shares, self.ns_dtype)
+        for p, u in zip(params, updates):
             p.add_(u, alpha=-group['lr'] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
     def step_adam(self, group, params, grads):
@@ -89,28 +97,9 @@ class Muon(torch.optim.Optimizer):
         updates = [nesterov(m, g, 0.9, k) for m, g in zip(average, grads)]
         torch._foreach_addcdiv_(params, updates, scale, value=-group['lr'])
 
-    def orthogonal(self, params, mine, updates):
-        """
-        The updates of all matrices, orthogonalised -> list of tensors. This rank has those with
-        the numbers in mine and does them, equal shapes as one batch; one gather brings the
-        others'.
-        """
-        done = [None] * len(params)
-        shapes = {}
-        for i, u in zip(mine, updates):
-            shapes.setdefault(u.shape, []).append((i, u))
-        for batch in shapes.values():
-            results = orthogonalize(torch.stack([u for _, u in batch]), self.ns_dtype)
-            for (i, _), u in zip(batch, results):
-                done[i] = u
-        return done if ranks() == 1 else gather(params, done, self.ns_dtype)
-
 
 def nesterov(average, grad, beta, k):
-    """
-    The average gradient of step k, one Nesterov step ahead, with the bias of both terms taken
-    out.
-    """
+    """The average gradient of step k, one step ahead, with the bias of both terms taken out."""
     ahead = average * (beta / (1 - beta ** (k + 1)))
     return ahead.add_(grad, alpha=(1 - beta) / (1 - beta ** k))
 
@@ -124,10 +113,7 @@ def ranks():
 
 
 def share_out(params):
-    """
-    The matrices dealt to the ranks by their work, the largest first -> list of numbers for each
-    rank.
-    """
+    """The matrices dealt to the ranks by their work, the largest first -> numbers of each rank."""
     work = [min(p.shape) * p.numel() for p in params]
     load, shares = [0] * ranks(), [[] for _ in range(ranks())]
     for i in sorted(range(len(params)), key=work.__getitem__, reverse=True):
@@ -137,24 +123,20 @@ def share_out(params):
     return shares
 
 
-def gather(params, done, dtype):
-    """Every rank's share of the list done, in one transfer of equal lengths -> the whole list."""
-    shares = share_out(params)
+def gather(params, updates, shares, dtype):
+    """Fill in the updates that other ranks have, by one transfer of equal lengths."""
     sizes = [[params[i].numel() for i in share] for share in shares]
     mine = params[0].new_zeros(max(map(sum, sizes)), dtype=dtype)
-    flat = [done[i].flatten() for i in shares[rank()]]
+    flat = [updates[i].flatten() for i in shares[rank()]]
     if flat:
         torch.cat(flat, out=mine[:sum(sizes[rank()])])
     parts = [torch.empty_like(mine) for _ in shares]
     dist.all_gather(parts, mine)
     for share, size, part in zip(shares, sizes, parts):
         for i, u in zip(share, part[:sum(size)].split(size)):
-            done[i] = u.view_as(params[i])
-    return done
+            updates[i] = u.view_as(params[i])
 
 
 def make_optimizer(named_parameters, lr, ns_dtype=torch.float32):
-    """
-    Muon on the 2-D tensors, which are (out, in), Nesterov Adam on the others; one learning rate.
-    """
+    """Muon on the 2-D tensors, which are (out, in), Nesterov Adam on the others; one rate."""
     return Muon([p for _, p in named_parameters if p.requires_grad], lr, ns_dtype)

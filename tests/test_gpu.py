@@ -4,21 +4,28 @@ training, evaluation, bench.py, no waiting in the loop.
     python -m pytest -q tests/test_gpu.py
 """
 import json
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pretend_gpu
 import pytest
 import torch
-from conftest import metrics
+from conftest import ROOT, metrics
 from test_model import batch, rel, small
+from torch._dynamo.utils import counters
 
 import model
-from model import ELFConfig, compute_loss
+from model import ELFConfig, compute_loss, draw
 from parts.muon import make_optimizer
 from sample import decode_ids, generate, time_grid
 
 REAL = torch.cuda.is_available()
+TINY = ELFConfig(n_layer=1, n_embd=64, n_head=2, vocab_size=100)
 
 
 @pytest.fixture
@@ -120,24 +127,101 @@ def test_a_task_from_pairs_to_bleu(run, tiny, tmp_path, gpu):
 
 
 def test_benchmark(run, monkeypatch, gpu):
-    c = ELFConfig(n_layer=1, n_embd=64, n_head=2, vocab_size=100)
-    monkeypatch.setitem(model.MODELS, 'ELF-B', c)
+    monkeypatch.setitem(model.MODELS, 'ELF-B', TINY)
     report = last_json(run('bench.py', '--batch_size=4', '--max_length=16', '--sample_length=16',
-                           '--runs=1', f'--device={gpu}', f'--compile={REAL}'))
+                           '--runs=1', '--profile=true', f'--device={gpu}',
+                           f'--compile={REAL}'))
     assert ('cuda' if REAL else 'pretended') in report['device']
-    assert report['train'][0]['step_ms'] > 0 and report['sample']['samples_per_s'] > 0
+    assert report['train']['step_ms'] > 0 and report['sample']['texts_per_s'] > 0
+    parts = ['encoder', 'forward and backward', 'optimizer', 'average']
+    assert [*report['train']['parts_ms']] == parts and report['profile']['kernels']
+
+
+@pytest.mark.parametrize('system, unit', [('linux', 1024), ('darwin', 1), ('win32', None)])
+def test_the_benchmark_knows_its_memory_where_the_system_says_it(run, monkeypatch, system, unit):
+    """Windows has no module resource, and macOS counts bytes."""
+    monkeypatch.setitem(model.MODELS, 'ELF-B', TINY)
+    peak = SimpleNamespace(getrusage=lambda who: SimpleNamespace(ru_maxrss=7), RUSAGE_SELF=0)
+    monkeypatch.setitem(sys.modules, 'resource', peak if unit else None)
+    monkeypatch.setattr(sys, 'platform', system)
+    report = last_json(run('bench.py', '--what=sample', '--sample_length=8', '--runs=1',
+                           '--device=cpu'))
+    assert report['peak_bytes'] == (unit and 7 * unit)
 
 
 @pytest.mark.skipif(REAL, reason='counted on the pretended GPU')
-def test_the_loop_waits_once_a_step(run, tiny, tmp_path, gpu):
-    counts = []
+@pytest.mark.parametrize('work, waits', [('training', 1), ('distillation', 1), ('sampling', 0)])
+def test_how_often_a_step_waits(run, tiny, tmp_path, gpu, work, waits):
+    """Training for the norm of the gradient, which must be finite; a sampler for nothing."""
+    args = ['train.py', *tiny, '--n_layer=1', '--log_interval=100']
+    start, counts = f'{tmp_path}/start', []
+    run(*args, '--max_iters=1', f'--out_dir={start}')
+    student = [f'--teacher={start}', f'--init_from={start}', '--distill_steps=2',
+               '--distill_substeps=3'] if work == 'distillation' else []
     for steps in (1, 3):
         pretend_gpu.waits.clear()
-        run('train.py', *tiny, '--n_layer=1', '--log_interval=100', f'--max_iters={steps}',
-            f'--out_dir={tmp_path}/{steps}')
+        if work == 'sampling':
+            run('sample.py', f'--init_from={start}', f'--out_dir={tmp_path}/{steps}',
+                f'--steps={steps}', '--sampler=sde', '--num_samples=2')
+        else:
+            run(*args, *student, f'--max_iters={steps}', f'--out_dir={tmp_path}/{steps}')
         counts.append(len(pretend_gpu.waits))
-    # for the norm of the gradient, which must be finite
-    assert counts[1] - counts[0] == 2, pretend_gpu.waits
+    assert counts[1] - counts[0] == 2 * waits, pretend_gpu.waits
+
+
+@pytest.mark.skipif(REAL or not shutil.which('bash'), reason='it runs this file')
+def test_the_script_for_whoever_has_a_gpu(tmp_path):
+    """Every command of it, at tiny sizes on a CPU."""
+    env = os.environ | dict(TINY='1', OUT=str(tmp_path / 'out'), PYTHON=sys.executable)
+    done = subprocess.run(['bash', os.path.join(ROOT, 'tests', 'on_gpu.sh')], env=env,
+                          capture_output=True, text=True, timeout=400)
+    assert not done.returncode, done.stdout + done.stderr
+    report = json.loads((tmp_path / 'out' / 'on_gpu.json').read_text())
+    steps = {step['name']: step for step in report['steps']}
+    assert report['commit'] and report['torch'] and steps['debug']['samples_6.jsonl']
+
+    def losses(name):
+        return [row['loss'] for row in steps[name]['curve'] if 'loss' in row]
+    assert losses('two_ranks') == pytest.approx(losses('one_rank'), rel=1e-4)
+    assert losses('resumed')[:6] == losses('debug') and len(losses('resumed')) == 8
+    assert len(steps['B_eager']['report']['profile']['kernels']) == 10
+
+# --------------------------------------------------------------------------------------------------
+# graphs of torch.compile, whose number does not depend on what compiles them
+
+def compiled():
+    torch._dynamo.reset()
+    counters.clear()
+    net = small()
+    net.compile(dynamic=False, backend='eager')
+    return net
+
+
+@pytest.mark.parametrize('sampler', ['ode', 'sde'])
+@pytest.mark.parametrize('cfg', [1.0, 2.0])
+def test_one_graph_for_all_steps_of_a_sampler(sampler, cfg):
+    """And one for decoding; so it is for another number of steps, but not of rows."""
+    net = compiled()
+    c = net.config
+    for rows, graphs in ((3, 2), (3, 2), (2, 4)):
+        steps = 4 + graphs
+        times = torch.stack([time_grid(steps, 'logit_normal', c) for _ in range(rows)])
+        generators = [torch.Generator().manual_seed(i) for i in range(rows)]
+        z = generate(net, torch.randn(rows, 6, c.latent_dim), times, sampler, cfg=cfg,
+                     generators=generators)
+        decode_ids(net, z, 3.0)
+        assert counters['stats']['unique_graphs'] == graphs and not counters['graph_break']
+
+
+def test_a_graph_for_each_count_of_rows_in_training():
+    """At most two counts of decode rows, and two of guesses for each."""
+    net = compiled().train()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        x0, tokens = torch.randn(8, 6, net.config.latent_dim), torch.ones(8, 6, dtype=torch.int64)
+        draws = draw(net.config, 8, 6, generator, 'cpu')
+        compute_loss(net, x0, tokens, tokens, 0 * tokens, draws)[0].backward()
+    assert counters['stats']['unique_graphs'] <= 6 and not counters['graph_break']
 
 
 @pytest.mark.skipif(REAL, reason='of the pretended GPU')

@@ -6,6 +6,7 @@ encoder; and what the objective promises: rows, draws, guidance, masks, precisio
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5EncoderModel
 
 from configurator import UserError
-from model import (ELF, MODELS, Draws, ELFConfig, TextEncoder, compute_loss, draw, estimate_flops,
-                   velocity)
+from model import (ELF, MODELS, Draws, ELFConfig, TextEncoder, compute_loss, draw, encode_rows,
+                   estimate_flops, velocity)
 from parts.official import to_official_names
 
 GOLDEN = os.path.join(ROOT, 'tests', 'golden')
@@ -180,6 +181,8 @@ def test_text_encoder(t5, attention):
     assert rel(plain * valid[..., None], d['out_2d']) < 1e-5
     assert rel(pairs * valid[..., None], d['out_3d']) < 1e-5
     assert rel(TextEncoder(folder, 0.05, 0.2)(ids, valid), (plain - 0.05) / 0.2) < 1e-5
+    whole = torch.ones_like(valid)
+    assert rel(encoder(ids), encoder(ids, whole, ~whole)) < 1e-5
 
     def change(where, **drop):
         """How far each latent moves when the ids there are others -> (B, T, C)."""
@@ -193,6 +196,15 @@ def test_text_encoder(t5, attention):
     assert change(cond)[target].max() > 1e-2
     assert change(cond, drop_cond=drop)[dropped].max() <= 1e-6
     assert change(cond, drop_cond=drop)[target & ~dropped].max() > 1e-2
+
+
+def test_rows_without_padding_and_condition_need_no_mask():
+    seen, some, draws = [], torch.tensor([[True, True, False]]), SimpleNamespace(drop_cond='drop')
+    for valid, cond in ((some | True, some & False), (some, some & False), (some | True, some)):
+        rows = torch.arange(3)[None], valid, cond
+        encode_rows(lambda *args: seen.append(args[1:]), rows, draws, ELFConfig(), 'cpu')
+    assert seen[0] == (None,) and len(seen[1]) == 1 and torch.equal(seen[1][0], some)
+    assert torch.equal(seen[2][1], some) and seen[2][2] == 'drop'
 
 
 def test_text_encoder_must_exist(tmp_path):

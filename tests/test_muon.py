@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from parts import muon
 from parts.muon import make_optimizer, orthogonalize, turns_on_gram
 
 SHAPES = [(8, 24), (8, 24), (24, 8), (8, 9), (12,), (1, 3, 8)]
@@ -91,3 +92,19 @@ def test_bfloat16_stays_inside_newton_schulz():
         torch.testing.assert_close(a, b, rtol=0, atol=3 * 0.02 * 3**0.5 * 0.05)
     for moments in state['state'].values():
         assert all(x.dtype == torch.float32 for x in moments.values())
+
+
+def test_its_float32_is_not_tf32(monkeypatch):
+    """Which training in bfloat16 allows for what is left in float32 on a GPU."""
+    seen = []
+
+    def watched(x, dtype):
+        seen.append(torch.get_float32_matmul_precision())
+        return orthogonalize(x, dtype)
+    monkeypatch.setattr(muon, 'orthogonalize', watched)
+    torch.set_float32_matmul_precision('high')
+    try:
+        train(steps=1)
+        assert set(seen) == {'highest'} and torch.get_float32_matmul_precision() == 'high'
+    finally:
+        torch.set_float32_matmul_precision('highest')

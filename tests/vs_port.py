@@ -44,8 +44,12 @@ runs = 3                    # rounds after the first; medians
 device = 'auto'
 # -------------------------------------------------------------------------------------------------
 
+CHOICES = dict(what=('train', 'loss', 'sample'), size=tuple(MODELS))
+AT_LEAST_1 = ('batch_size', 'max_length', 'steps', 'runs')
+
+
 def make_encoder(c, device):
-    t5 = T5Config(vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8)
+    t5 = T5Config(vocab_size=32128, d_model=c.latent_dim)      # else as t5-small
     with tempfile.TemporaryDirectory() as folder:
         T5EncoderModel(t5).save_pretrained(folder)
         return TextEncoder(folder, c.latent_mean, c.latent_std).to(device)
@@ -184,9 +188,6 @@ if __name__ == '__main__':
     disable_progress_bar()
     if not os.path.isfile(os.path.join(port, 'src', 'train_step.py')):
         raise UserError(f"port={port!r} must be a checkout of the PyTorch port")
-    if what not in ('train', 'loss', 'sample') or size not in MODELS:
-        raise UserError(f"what={what!r} must be 'train', 'loss' or 'sample', "
-                        f"size={size!r} one of {', '.join(MODELS)}")
     sys.path.insert(0, os.path.join(port, 'src'))
     logging.disable(logging.CRITICAL)
     torch.manual_seed(0)
