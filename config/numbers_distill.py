@@ -1,5 +1,5 @@
-# The demo in one step: a student that learns to say at once what its teacher finds in eight, from the
-# demo's own weights. What it does not say is config/numbers.py's, which comes first:
+# The demo in one step: a student that learns to say at once what its teacher finds in eight, from
+# the demo's own weights. What it does not say is config/numbers.py's, which comes first:
 #
 #   python train.py config/numbers.py config/numbers_distill.py
 #   python sample.py --out_dir=out/numbers_1 --input=4071
