@@ -25,7 +25,6 @@ from functools import cache, partial
 from itertools import chain
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from model import ELFConfig, TextEncoder
