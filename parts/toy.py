@@ -71,8 +71,8 @@ def in_words(n):
 def numbers(back=False):
     """
     Rows of a number below a million in digits and in words, or back: 100 to train on, then one that
-    is held out, a thousand times. The former have as many digits as the largest of three dice, so
-    that short numbers are known, too.
+    is held out, a thousand times. The former have as many digits as the largest of three dice, and
+    in one of four half the digits are zeros, so that short and round numbers are known, too.
     """
     rng = random.Random(0)
     examples = [6, 42, 305, 4071, 58_213, 70_006, 311_840, 900_017]
@@ -81,8 +81,9 @@ def numbers(back=False):
     for last in held_out:
         drawn = []
         while len(drawn) < 100:
-            digits = max(rng.randint(1, 6) for _ in range(3))
-            drawn += {rng.randrange(10 ** digits)} - unseen
+            length = max(rng.randint(1, 6) for _ in range(3))
+            digits = '0123456789' if len(drawn) % 4 else '000000000123456789'
+            drawn += {int(''.join(rng.choices(digits, k=length)))} - unseen
         for n in (*drawn, last):
             texts = (in_words(n), str(n)) if back else (str(n), in_words(n))
             yield dict(zip(('input', 'target'), texts))
