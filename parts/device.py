@@ -177,25 +177,25 @@ saving = False      # whether a checkpoint is being written
 
 def note_signals():
     """
-    SIGTERM, Ctrl-C and a lost terminal ask to save and stop. A Ctrl-C some seconds later
-    interrupts, but never a save.
+    SIGTERM, Ctrl-C, a lost terminal, and what schedulers send before they kill, ask to save and
+    stop. A Ctrl-C some seconds later interrupts, but never a save.
     """
     def note(number, frame):
-        signals.append((number, time.time()))
+        signals.append((number, time.monotonic()))
         # torchrun and the terminal, or a scheduler, may both send the first one
-        if number == signal.SIGINT and time.time() - signals[0][1] > 3 and not saving:
+        if number == signal.SIGINT and time.monotonic() - signals[0][1] > 3 and not saving:
             raise KeyboardInterrupt
 
     signals.clear()
-    for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
-        number = getattr(signal, name, None)        # Windows has no SIGHUP; nohup ignores it
+    for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'):
+        number = getattr(signal, name, None)        # Windows has three; nohup ignores SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, note)
 
 
 def should_stop(started, max_minutes):
     """The number of a signal that any rank got, or TIME_IS_UP, or 0; the same on every rank."""
-    late = max_minutes and time.time() - started > 60 * max_minutes
+    late = max_minutes and time.monotonic() - started > 60 * max_minutes
     reason = torch.tensor(signals[0][0] if signals else TIME_IS_UP if late else 0)
     if host_group:
         dist.all_reduce(reason, dist.ReduceOp.MAX, group=host_group)

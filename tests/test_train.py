@@ -166,6 +166,26 @@ def test_ranks_that_see_different_checkpoints_stop(run, tiny, tmp_path, second, 
     assert state(tmp_path / '0')['iter_num'] == 2 and 'iter 3' not in done.stdout
 
 
+def test_ranks_that_see_different_bins_stop(bins, tiny, tmp_path):
+    """Nodes without a shared disk, each with a set of its own: tokens would not mean the same."""
+    for rank in '01':
+        shutil.copytree(bins, tmp_path / rank)
+    file = tmp_path / '1' / 'tiny' / 'meta.json'
+    meta = json.loads(file.read_text())
+    meta['checksums']['train.bin'] = 'another'
+    file.write_text(json.dumps(meta))
+    worker = command('tests/ddp_worker.py', f'{tmp_path}/none', *tiny, '--gradient_accumulation_steps=2',
+                     f'--out_dir={tmp_path}/out', f'--data_dir={tmp_path}/{{rank}}', ranks=2)
+    done = subprocess.run(worker, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and 'the ranks see different bins' in done.stderr
+    assert not (tmp_path / 'out').exists()
+
+
+def test_the_next_command_can_be_pasted(run, tiny, tmp_path):
+    out = tmp_path / 'my runs'
+    assert f"--out_dir='{out}' --trace" in run('train.py', *tiny, f'--out_dir={out}')
+
+
 def test_ranks_must_divide_and_errors_are_one_line(tiny, tmp_path):
     done = subprocess.run(command('train.py', *tiny, f'--out_dir={tmp_path}'), text=True,
                           capture_output=True, env=os.environ | dict(
