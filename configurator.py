@@ -46,16 +46,6 @@ def settings_of(script):
     return found
 
 
-def parse(text, kind):
-    """What stands on a command line -> a value of this kind, or the text if it is none."""
-    if kind is bool:
-        return {'true': True, 'false': False}.get(text.lower(), text)
-    try:
-        return ast.literal_eval(text)
-    except Exception:       # literal_eval can raise nearly anything
-        return text
-
-
 def check_value(g, name, value, where):
     """
     A value given for a setting of the script with the globals g -> the value, parsed if it is from
@@ -66,14 +56,17 @@ def check_value(g, name, value, where):
     default, _ = settings_of(g['__file__'])[name]
     kind, shown = type(default), f"{where}: {name}={value!r}"
     if isinstance(value, str) and where.startswith('--') and kind is not str:
-        value = parse(value, kind)
+        try:
+            value = ast.literal_eval(value.capitalize())        # true, too
+        except Exception:       # it can raise nearly anything
+            pass
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         kinds = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text'}
         raise UserError(f"{shown} is not {kinds[kind]} (default: {default!r})")
-    choices = g.get('CHOICES', {}).get(name)
-    if choices and value not in choices:
+    choices = g.get('CHOICES', {}).get(name, [value])
+    if value not in choices:
         raise UserError(f"{shown} is not one of {', '.join(map(repr, choices))}")
     if kind is str:
         return os.path.expanduser(value) if value.startswith('~/') else value
@@ -94,18 +87,16 @@ def run_config_file(arg, script):
     path = next((p for p in (arg, beside) if os.path.isfile(p)), None)
     if path is None:
         raise UserError(f"{arg}: no such config file (settings are given as --name=value)")
-    if not path.endswith('.py'):
-        raise UserError(f"{arg}: a config file is Python, name = value a line, and ends in .py; "
-                        "the official config.yml is read where it lies beside weights")
     try:
         names = runpy.run_path(path)
     except Exception as e:
-        raise UserError(f"{arg}: the config file does not run: {one_line(e)}") from None
+        raise UserError(f"{arg} does not run; a config file is Python, name = value a line: "
+                        + one_line(e)) from None
     settings = settings_of(script)
     found = {name: value for name, value in names.items() if name in settings or not (
         name[0] == '_' or callable(value) or isinstance(value, ModuleType))}
     if not found:
-        raise UserError(f"{arg} sets no setting; write them as name = value, one a line")
+        raise UserError(f"{arg} sets no setting; a config file is Python, name = value a line")
     return found
 
 
@@ -123,7 +114,7 @@ def configure(g, argv=None, given=None):
     settings = settings_of(script)
 
     if '--help' in argv or '-h' in argv:
-        print((g.get('__doc__') or '').strip())
+        print(g['__doc__'].strip())
         print("\nsettings (--name=value, or name = value in a config file):")
         for name, (default, comment) in settings.items():
             print(f"  {f'--{name}={default}':34} {comment}".rstrip())

@@ -9,14 +9,13 @@ How good are the texts? Sample a checkpoint, or take a file of texts, and measur
         --sweep="steps=4,8,16,32 gamma=0,1,1.5,2,3"     # table and picture; run again, it goes on
 
 Read the columns together: repetition lowers the perplexity of a judge, and entropy and distinct-4
-with it; what is copied from the training text is made of words and has a low perplexity, too.
+with it.
 """
-from configurator import UserError, check_value, configure, from_hub       # first: see there
+from configurator import UserError, check_value, configure      # first: see there
 
 import itertools
 import math
 import os
-import re
 import sys
 import time
 from functools import partial
@@ -30,29 +29,26 @@ from tqdm import tqdm
 from model import TextEncoder, compute_loss, draw, encode_rows
 from parts.checkpoint import find_checkpoint, make_out_dir
 from parts.data import (batched, check_vocabulary, cut_at_eos, get_rows, load_tokenizer, open_bins,
-                        open_split, printable, read_inputs, read_jsonl, read_row, to_json,
-                        write_jsonl)
+                        open_split, printable, read_inputs, read_jsonl, read_row, to_json)
 from parts.device import (autocast, compile_in_place, gather, pack_linears, print0, rank_and_world,
                           start)
 from parts.metrics import bleu, entropy, exact_match, rouge  # noqa: F401, for those who import them
-from parts.metrics import (count_ids, count_tokens, find_targets, gap_closed, gen_ppl, judge_ids,
-                           load_gpt2, load_judge, mean, measure, ngram_nats, over_runs,
-                           print_table, train_ngram)
+from parts.metrics import (count_ids, find_targets, gen_ppl, judge_ids, load_gpt2,
+                           load_judge, mean, measure, ngram_nats, over_runs, print_table,
+                           train_ngram)
 from parts.plots import plot_losses, plot_sweep, read_rows  # noqa: F401
-from sample import GRIDS, SAMPLERS, load_model, resolve_sampling, sample_texts
+from sample import CHOICES, load_model, resolve_sampling, sample_texts  # noqa: F401, for configure
 
 # --------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); texts and metrics.jsonl go here
 init_from = ''              # instead: a published checkpoint, file, folder or hub id
 samples = ''                # instead of sampling: a JSONL file, one object a line, with
                             # 'generated' or 'text', perhaps 'target'
-references = ''             # for texts without 'target': a JSONL or save_to_disk folder that
-                            # has it, text i its row i
 input_file = ''             # conditions and targets of a conditional model, '' = val.jsonl of
-                            # the dataset
+                            # the dataset; with samples: targets for them, text i that of line i
 data_dir = 'data'
 dataset = ''                # bins under data_dir: validation loss, real text beside the
-                            # samples, training text for the n-gram judge, words and copies
+                            # samples, training text for the n-gram judge
 num_samples = 1000
 batch_size = 16             # rows sampled at once; changes memory and speed, not the texts
 steps = -1                  # forward passes per text, -1 = the checkpoint's default, as below
@@ -61,13 +57,12 @@ gamma = -1.0                # of the SDE: how much is re-noised
 w = -1.0                    # self-conditioning guidance strength
 cfg = -1.0                  # classifier-free guidance on the condition, 1 = off
 grid = ''                   # times: 'logit_normal', 'quantile', 'uniform', '' = the default
-sweep = ''                  # values of these six, and of out_dir or init_from: all combinations;
-                            # to sweep.jsonl and sweep.png in out_dir, without validation loss
+sweep = ''                  # values of these six and of init_from: all combinations; to
+                            # sweep.jsonl and sweep.png in out_dir, without validation loss
 judge = 'auto'              # causal LM (folder or hub id), 'ngram' (no download), 'none';
                             # 'auto' = gpt2-large, none if there are targets
 gpt2 = ''                   # GPT-2's encoder files (folder or hub id): entropy and distinct-4 in
                             # its tokens, where no GPT-2 is the judge
-judge_batch_size = 16       # texts judged at once
 eval_iters = 10             # batches of the validation loss, 0 = none
 seed = 1337                 # text i depends on (seed, i) alone
 seeds = ''                  # several, such as 42,123,456: mean and standard error over them
@@ -76,12 +71,8 @@ dtype = 'auto'              # of sampling: 'float32' or 'bfloat16'; the judge is
 compile = False             # torch.compile the network: a minute first, then faster
 # --------------------------------------------------------------------------------------------------
 
-CHOICES = dict(sampler=('', *SAMPLERS), grid=('', *GRIDS))
-AT_LEAST_1 = ('num_samples', 'batch_size', 'judge_batch_size', 'steps')
-SWEPT = ('init_from', 'out_dir', 'steps', 'sampler', 'gamma', 'w', 'cfg', 'grid')
-REAL, UNIGRAM = 'real', 'unigram'       # in the place of a model
-LEFT_OUT = ('gen_ppl_port', 'duplicates', 'long_words', 'copied_median', 'copied_max', 'bleu_cased',
-            'rouge1', 'rouge2', 'empty')        # of the table of a sweep, whose names are long
+AT_LEAST_1 = ('num_samples', 'batch_size', 'steps')
+SWEPT = ('init_from', 'steps', 'sampler', 'gamma', 'w', 'cfg', 'grid')
 
 # --------------------------------------------------------------------------------------------------
 # during training: the validation loss, a few texts
@@ -99,9 +90,8 @@ def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, objective=
     objective, draw_step: of a student, whose l2 is its own.
     """
     c, (rank, world) = net.config, rank_and_world()
-    batches = math.ceil(eval_iters / T_BINS) * T_BINS
-    parts = {}                  # of batch k: {'l2': number, 'ce': number}
-    for k in range(rank, batches, world):
+    mine = []                   # (number of a batch, {'l2': number, 'ce': number})
+    for k in range(rank, math.ceil(eval_iters / T_BINS) * T_BINS, world):
         generator = torch.Generator().manual_seed(k)
         draws = draw_step(c, batch_size, c.max_length, generator, device)
         uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)
@@ -109,20 +99,16 @@ def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, objective=
         draws.t = torch.sigmoid(c.t_mean + c.t_std * normal).float().to(device)
         rows = np.arange(k * batch_size, (k + 1) * batch_size) % meta['rows']['val']
         batch = encode_rows(encoder, get_rows(meta, 'val', rows, c), draws, c, device)
-        _, part = objective(net, *batch, draws)
-        parts[k] = {name: x.item() for name, x in part.items()}
-    for share in gather(parts):
-        parts |= share
-
+        _, parts = objective(net, *batch, draws)
+        mine.append((k, {name: x.item() for name, x in parts.items()}))
     # in the order of the batches, whoever computed them: a sum's last bits depend on it
-    def losses(name, first, step):
-        return [parts[k][name] for k in range(first, batches, step) if name in parts[k]]
-
-    bins = [losses('l2', i, T_BINS) for i in range(T_BINS)]
-    l2, ce = mean([mean(x) for x in bins if x]), mean(losses('ce', 0, 1))
-    shares = (1 - c.decoder_prob, l2), (c.decoder_prob, ce)
-    loss = sum(share * x for share, x in shares if share)       # a branch that is off has no mean
-    return dict(loss=loss, l2=l2, ce=ce, l2_bins=[mean(x) for x in bins])
+    parts = [part for _, part in sorted(sum(gather(mine), []))]
+    bins = [mean([part['l2'] for part in parts[i::T_BINS] if 'l2' in part]) for i in range(T_BINS)]
+    l2 = mean([x for x in bins if not math.isnan(x)])
+    ce = mean([part['ce'] for part in parts if 'ce' in part])
+    p = c.decoder_prob          # a branch that is off has no mean
+    loss = sum(share * x for share, x in ((1 - p, l2), (p, ce)) if share)
+    return dict(loss=loss, l2=l2, ce=ce, l2_bins=bins)
 
 
 def describe_val(val):
@@ -133,121 +119,77 @@ def describe_val(val):
 
 
 def write_few(model, encoder, meta, file, seed):
-    """Four texts of a model in training, each rank its share, to a JSONL file; the first shown."""
-    c, (rank, world) = model.config, rank_and_world()
-    tokenizer, n, inputs = load_tokenizer(meta['tokenizer']), 4, None
+    """Four texts of a model in training to a JSONL file; the first of them shown."""
+    c, tokenizer, conditions = model.config, load_tokenizer(meta['tokenizer']), []
     if c.max_input_length:
         ids, index = open_split(meta, 'val')        # there may be no val.jsonl
-        conditions = [read_row(ids, index, r)[0] for r in range(min(n, len(index)))]
-        inputs = tokenizer.batch_decode(conditions, skip_special_tokens=True)
-        n = len(inputs)
-    mine = sample_texts(model, tokenizer, range(n)[rank::world], n, seed, model.mode_tokens.device,
-                        resolve_sampling(c), inputs, encoder)
-    rows = sorted(sum(gather(list(mine)), []), key=itemgetter('id'))
-    if rank == 0:
-        write_jsonl(file, rows)
+        for r in range(len(index))[:4]:
+            condition, _ = read_row(ids, index, r)
+            text = tokenizer.decode(condition, skip_special_tokens=True)
+            conditions.append(dict(input=text))
+    rows = sample_set(model, tokenizer, encoder, conditions, 4, resolve_sampling(c), seed, 4, file)
     print0(f"{file} | {printable(rows[0]['generated'])[:120]}")
 
 # --------------------------------------------------------------------------------------------------
-# texts in: a list of dicts with 'generated', 'ids' and perhaps 'target'
+# texts: lists of dicts with 'generated', 'ids' and perhaps 'target'
 
-def read_samples(file, references='', encode=str.split):
+def read_samples(file, input_file='', meta=None):
     """
-    A JSONL file -> list of dicts with 'generated', its 'ids' and perhaps 'target': its own, or that
-    of the row of references (a JSONL, or a folder of save_to_disk) with the number 'id', by default
-    the line's own. UserError names file and line.
+    A JSONL file -> list of dicts with 'generated', its 'ids' (of the tokenizer of the bins meta,
+    else words) and perhaps 'target': its own, or that of the line of input_file with the number
+    'id', by default its own line. UserError names file and line.
     """
-    targets, rows = [], []
-    if references and os.path.isdir(references):
-        from datasets import load_from_disk
-        with from_hub("references: no save_to_disk folder with a column 'target'", references):
-            targets = load_from_disk(references)['target'][:]
-    elif references:
-        targets = [row.get('target', row.get('output')) for _, row in read_jsonl(references)]
+    targets, rows = find_targets(read_inputs(input_file)) if input_file else [], []
+    encode = str.split
+    if meta:
+        encode = partial(load_tokenizer(meta['tokenizer']).encode, add_special_tokens=False)
     for where, row in read_jsonl(file):
         number = row.get('id', len(rows))
-        if references:
-            if number not in range(len(targets)):
-                raise UserError(f"{where} has id {number!r}, {references} has {len(targets)} rows")
+        if input_file and number not in range(len(targets)):
+            raise UserError(f"{where} has id {number!r}; {input_file} has {len(targets)} lines "
+                            "that all have a 'target'")
+        if input_file:
             row['target'] = targets[int(number)]
         text = row.get('generated', row.get('text'))
-        if not isinstance(text, str) or not isinstance(row.get('target', ''), str):
+        if not isinstance(text, str) or not isinstance(row.get('target', ''), str) or (
+                'target' in row) != ('target' in (rows or [row])[0]):
             raise UserError(f"{where} needs a text under 'generated' or 'text', and under 'target' "
-                            "if it has one")
+                            "if others have one")
         text = text.encode('utf-8', 'replace').decode()     # half a surrogate pair: '?'
         rows.append(row | dict(generated=text, ids=encode(text)))
-        if ('target' in row) != ('target' in rows[0]):
-            raise UserError(f"{where}: some lines have a 'target' and some have none; all or none")
     if not rows:
         raise UserError(f"{file} has no texts")
     return rows
 
 
-def read_conditions(c, meta, source, file, n):
-    """
-    What a model with conditions gets -> up to n dicts with 'input' and perhaps 'target'; [] for a
-    model without. file: '' = val.jsonl of the dataset.
-    """
-    if not c.max_input_length:
-        if file:
-            raise UserError(f"{source} is a model without conditions; drop --input_file")
-        return []
-    if not file and not meta:
-        raise UserError(f"{source} is a model with conditions; give --dataset=<folder under "
-                        "data_dir> or --input_file=x.jsonl with 'input' and 'target'")
-    return read_inputs(file or os.path.join(meta['dir'], 'val.jsonl'))[:n]
-
-
-def bin_rows(meta, split, n, max_length):
-    """Up to n rows of a split, evenly spaced -> lists of their target ids, cut at the first EOS."""
-    ids, index = open_split(meta, split)
+def read_split(meta, split, n):
+    """Up to n rows of a split, evenly spaced, each up to its first EOS."""
+    tokenizer, (ids, index) = load_tokenizer(meta['tokenizer']), open_split(meta, split)
     numbers = np.linspace(0, len(index), min(n, len(index)), endpoint=False).astype(int)
-    targets = (read_row(ids, index, r)[1][:max_length].tolist() for r in numbers)
-    return [cut_at_eos(target, meta['eos_id']) for target in targets]
+    targets = [read_row(ids, index, r)[1].tolist() for r in numbers]
+    targets = [cut_at_eos(target, meta['eos_id']) for target in targets]
+    return [dict(generated=tokenizer.decode(target, skip_special_tokens=True), ids=target)
+            for target in targets]
 
 
-def reference_texts(meta, n, max_length, seed):
+def sample_set(model, tokenizer, encoder, conditions, n, sampling, seed, batch_size, file):
     """
-    What the texts of a model without conditions are held against -> rows: REAL, n of the validation
-    split; UNIGRAM, as many tokens, each drawn from the training text; the training text, of which
-    a million tokens are enough for a 5-gram.
-    """
-    real = bin_rows(meta, 'val', n, max_length)
-    rows = 1 + 1_000_000 * meta['rows']['train'] // max(1, meta['tokens']['train'])
-    train = bin_rows(meta, 'train', rows, max_length)
-    pool, rng = np.concatenate(train), np.random.default_rng(seed)
-    unigram = [rng.choice(pool, len(ids)).tolist() for ids in real]
-    tokenizer = load_tokenizer(meta['tokenizer'])
-
-    def decode(ids_list):
-        return [dict(generated=tokenizer.decode(ids, skip_special_tokens=True), ids=ids)
-                for ids in ids_list]
-
-    return {REAL: decode(real), UNIGRAM: decode(unigram)}, decode(train)
-
-
-def sample_runs(model, tokenizer, encoder, conditions, n, how, seeds, batch_size, device, folder):
-    """
-    Sample n texts, or one for each condition, for each seed -> {seed: rows}. Every rank samples its
-    share of a batch and gets all of it; the first one adds it to samples_eval.jsonl in folder, if
-    one is named (of several seeds samples_eval_<seed>.jsonl): a kill leaves what is done.
+    Sample n texts, or one for each condition. Each rank samples its share of a batch and gets all
+    of it; the first one adds it to a file, if one is named: a kill leaves what is done.
     """
     inputs, targets = [row['input'] for row in conditions] or None, find_targets(conditions)
-    (rank, world), runs = rank_and_world(), {seed: [] for seed in seeds}
-    batches = batched(range(n), batch_size * world)
-    with tqdm(total=n * len(seeds), unit='text', disable=True if rank else None) as bar:
-        for seed, numbers in itertools.product(seeds, batches):
-            mine = sample_texts(model, tokenizer, numbers[rank::world], batch_size, seed, device,
-                                how, inputs, encoder)
-            rows = sorted(sum(gather(list(mine)), []), key=itemgetter('id'))
-            if targets:
-                rows = [row | dict(target=targets[row['id']]) for row in rows]
-            if folder and rank == 0:
-                name = f'samples_eval_{seed}.jsonl' if len(seeds) > 1 else 'samples_eval.jsonl'
-                add_lines(os.path.join(folder, name), rows, 'a' if runs[seed] else 'w')
-            runs[seed] += rows
-            bar.update(len(rows))
-    return runs
+    (rank, world), rows = rank_and_world(), []
+    batches = list(batched(range(len(conditions) or n), batch_size * world))
+    for numbers in tqdm(batches, unit='batch', leave=False, disable=True if rank else None):
+        mine = sample_texts(model, tokenizer, numbers[rank::world], batch_size, seed,
+                            model.mode_tokens.device, sampling, inputs, encoder)
+        batch = sorted(sum(gather(list(mine)), []), key=itemgetter('id'))
+        if targets:
+            batch = [row | dict(target=targets[row['id']]) for row in batch]
+        if file and rank == 0:
+            add_lines(file, batch, 'a' if rows else 'w')
+        rows += batch
+    return rows
 
 
 def add_lines(file, rows, mode='a'):
@@ -265,78 +207,67 @@ def add_lines(file, rows, mode='a'):
 def combinations(text, settings):
     """
     'steps=4,8 gamma=0,1.5' -> the product of its values, dicts with all of SWEPT, the others as in
-    settings: an empty text is one combination. UserError if malformed.
+    settings: an empty text is one combination. UserError for other names and wrong values.
     """
-    values = {}
+    values = {name: [settings[name]] for name in SWEPT}
     for part in text.split():
         name, _, given = part.partition('=')
-        given = given.split(',')
-        if name not in SWEPT or name in values or not all(given):
+        if name not in SWEPT:
             raise UserError(f"--sweep: {part!r} is not name=value,value with one of "
-                            f"{', '.join(SWEPT)}, each once")
-        values[name] = [check_value(globals(), name, value, '--sweep') for value in given]
-    if 'init_from' in values and 'out_dir' in values:
-        raise UserError("--sweep: init_from and out_dir name models both; use one of them")
-    base = {name: settings[name] for name in SWEPT}
-    if 'out_dir' in values:
-        base['init_from'] = ''
-    return [base | dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
+                            f"{', '.join(SWEPT)}")
+        values[name] = [check_value(globals(), name, x, '--sweep') for x in given.split(',')]
+    return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
+
+
+def open_model(init_from, meta, config, device, bf16):
+    """
+    -> model, its tokenizer, its text encoder if it may be needed, what it gets: dicts with 'input'
+    and perhaps 'target', none if it is a model without conditions. UserError if it does not fit.
+    """
+    source, file = init_from or config['out_dir'], config['input_file']
+    model = load_model(init_from, config['out_dir']).to(device)
+    c, encoder, conditions = model.config, None, []
+    if meta:
+        check_vocabulary(meta, c, source)
+    if bool(c.max_input_length) != bool(file or meta and meta.get('conditional')):
+        raise UserError(f"{source} is a model {'with' if c.max_input_length else 'without'} "
+                        "conditions; --dataset or --input_file must fit it")
+    if c.max_input_length:
+        conditions = read_inputs(file or os.path.join(meta['dir'], 'val.jsonl'))
+    tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
+    if conditions or meta:
+        encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
+    if not config['compile'] or not compile_in_place(model, device=device):
+        pack_linears(model, bf16)
+    return model, tokenizer, encoder, conditions[:config['num_samples']]
 
 
 def open_models(combos, meta, config, device, bf16):
     """
-    The models of all combinations -> {source: (model, its tokenizer, its text encoder if it is
-    needed, its conditions)}. UserError if one does not fit.
+    combinations' dicts -> {source: what open_model gives}, and of each combination a dict: 'source'
+    and when its weights were written, the sampler's settings.
     """
-    models = {}
-    for combo in combos:
-        source, encoder = combo['init_from'] or combo['out_dir'], None
-        if source in models:
-            continue
-        model = load_model(combo['init_from'], combo['out_dir']).to(device)
-        c = model.config
-        if meta:
-            check_vocabulary(meta, c, source)
-        tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
-        conditions = read_conditions(c, meta, source, config['input_file'], config['num_samples'])
-        if conditions or meta and config['eval_iters'] and not config['sweep']:
-            encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
-        if not config['compile'] or not compile_in_place(model, device=device):
-            pack_linears(model, bf16)
-        models[source] = model, tokenizer, encoder, conditions
-    return models
+    models, plan = {}, []
+    for init_from, *given in map(dict.values, combos):
+        source = init_from or config['out_dir']
+        if source not in models:
+            models[source] = open_model(init_from, meta, config, device, bf16)
+        sampling = resolve_sampling(models[source][0].config, *given)
+        weights = os.path.getmtime(find_checkpoint(source))
+        plan.append(dict(source=source, weights=weights, **sampling))
+    return models, plan
 
 
-def stamp(path):
-    """What tells a file from others and from its later self."""
-    return f"{os.path.abspath(path)}, {os.path.getmtime(path)}" if path else ''
-
-
-def make_plan(combos, models):
-    """
-    combinations' dicts, without those that come to the same -> list of dicts: 'source' as named,
-    its 'weights', the sampler's settings, passes a text ('nfe').
-    """
-    plan = []
-    for init_from, out_dir, *given in map(dict.values, combos):
-        source = init_from or out_dir
-        c = models[source][0].config
-        how = resolve_sampling(c, *given)
-        if how['cfg'] != 1 and not c.max_input_length:
-            raise UserError(f"cfg={how['cfg']}: {source} is a model without conditions; drop it")
-        if how['sampler'] == 'ode' or how['steps'] == 1:
-            how['gamma'] = 0.0          # nothing is re-noised there
-        nfe = how['steps'] * (1 if how['cfg'] == 1 else 2)
-        entry = dict(source=source, weights=stamp(find_checkpoint(source)), **how, nfe=nfe)
-        if entry not in plan:
-            plan.append(entry)
-    return plan
-
-
-def make_judges(judge, train, encode_gpt2, batch_size, device):
+def make_judges(judge, gpt2, meta, device):
     """The settings judge and gpt2 -> functions of texts and their ids that give metrics, dicts."""
     judges = []
     if judge == 'ngram':
+        if not meta or meta.get('conditional'):
+            raise UserError("--judge=ngram learns from training text without conditions; name its "
+                            "bins: --dataset=<folder under data_dir>")
+        # a million tokens are enough for a 5-gram
+        n = 1 + 1_000_000 * meta['rows']['train'] // meta['tokens']['train']
+        train = read_split(meta, 'train', n)
         of_chars = train_ngram([row['generated'] for row in train], 5)
         of_tokens = train_ngram([tuple(row['ids']) for row in train], 3)
         judges.append(lambda texts, ids: dict(
@@ -344,126 +275,78 @@ def make_judges(judge, train, encode_gpt2, batch_size, device):
             nats_per_token=ngram_nats([tuple(row) for row in ids], of_tokens)))
     elif judge != 'none':
         load_judge(judge, str(device))      # if it is missing, that shows now
-        judges.append(lambda texts, ids: gen_ppl(texts, judge, batch_size, device))
-    if encode_gpt2:
-        judges.append(lambda texts, ids: count_ids(judge_ids(texts, encode_gpt2)))
+        judges.append(lambda texts, ids: gen_ppl(texts, judge, device=device))
+    if gpt2:
+        encode = load_gpt2(gpt2)
+        judges.append(lambda texts, ids: count_ids(judge_ids(texts, encode)))
     return judges
 
 
-def check(given):
-    """What makes no sense together: UserError."""
-    if seeds and not re.fullmatch(r'\d+(,\d+)*', seeds):
-        raise UserError(f"seeds={seeds!r}: whole numbers with commas between, such as 42,123,456")
-    if sweep and samples:
-        raise UserError("a sweep samples its texts; drop --samples or --sweep")
-    unread, where = {'references'}, 'without'
-    if samples:
-        unread, where = {'num_samples', 'seeds', 'compile', 'input_file', *SWEPT[2:]}, 'beside'
-    if unread := sorted(given & unread):
-        raise UserError(f"--{unread[0]}: nothing reads it {where} --samples; drop it")
-
-
 if __name__ == '__main__':
-    given = set()
-    config = configure(globals(), given=given)
-    check(given)
+    config = configure(globals())
+    if samples and (sweep or init_from):
+        raise UserError("--samples are scored as they are; drop it, or --sweep and --init_from")
+    seeds = [check_value(globals(), 'seed', s, '--seeds') for s in seeds.split(',') if s] or [seed]
     combos = combinations(sweep, config)
     device, bf16, about = start(device, dtype)
     rank, world = rank_and_world()
-    meta = open_bins(data_dir, dataset) if dataset else None
-    texts_alone = meta and not meta.get('conditional')
-    make_out_dir(out_dir)
 
-    # ---- what is missing or wrong shows here, before the sampling --------------------------------
-    encode_gpt2 = load_gpt2(gpt2) if gpt2 else None
-    seeds = [int(s) for s in seeds.split(',')] if seeds else [seed]
-    models, encode = {}, str.split
-    if meta:
-        tokenizer, length = load_tokenizer(meta['tokenizer']), meta['max_length']
-    if not samples:
-        models = open_models(combos, meta, config, device, bf16)
-        plan = make_plan(combos, models)
-        model, tokenizer, encoder, texts = models[plan[0]['source']]
-        n, length = len(texts) or num_samples, model.config.max_length
-    if meta or models:
-        encode = partial(tokenizer.encode, add_special_tokens=False)
+    # ---- what is missing or wrong shows here, before the sampling; nothing is written yet --------
+    meta = open_bins(data_dir, dataset) if dataset else None
+    models, real = {}, []
     if samples:
-        texts = read_samples(samples, references, encode)
-        plan, n = [dict(source=samples)], len(texts)
+        texts, plan = read_samples(samples, input_file, meta), [dict(source=samples)]
+    else:
+        models, plan = open_models(combos, meta, config, device, bf16)
+        model, _, encoder, texts = models[plan[0]['source']]
     if judge == 'auto':
         judge = 'none' if find_targets(texts) else 'gpt2-large'
-    if judge == 'ngram' and not texts_alone:
-        raise UserError("--judge=ngram learns from training text without conditions; name its "
-                        "bins: --dataset=<folder under data_dir>")
-    if texts_alone:
-        plan += [dict(source=name, length=length, seed=seed) for name in (REAL, UNIGRAM)]
-    data = stamp(input_file or meta and os.path.join(meta['dir'], 'meta.json'))
-    shared = dict(judge=judge, gpt2=gpt2, num_samples=n, seeds=seeds, bf16=bf16, data=data)
-    plan = [entry | shared for entry in plan]
+    if meta and not meta.get('conditional'):
+        real = read_split(meta, 'val', len(texts) or num_samples)
     log = os.path.join(out_dir, 'sweep.jsonl' if sweep else 'metrics.jsonl')
-    known, others, train, judges = [], {}, [], []
     if rank == 0:
+        judges = make_judges(judge, gpt2, meta, device)
+        make_out_dir(out_dir)
         add_lines(log, [])
-        known = read_rows(log) if sweep else []
-    known = gather(known)[0]            # what is on the first rank's disk
-    done = [next((row for row in known if entry.items() <= row.items()), None) for entry in plan]
-    if rank == 0 and None in done:      # the other ranks wait at the next exchange
-        if texts_alone:
-            others, train = reference_texts(meta, n, length, seed)
-        judges = make_judges(judge, train, encode_gpt2, judge_batch_size, device)
-    limit = count_tokens(others.get(REAL, [])) or sys.maxsize
-    print0(f"device: {about}, ranks: {world}; judge: {judge}; texts: {n}; to measure: "
-           f"{done.count(None)} of {len(plan)}")
+    known = gather(read_rows(log) if sweep and rank == 0 else [])[0]
+    print0(f"device: {about}, ranks: {world}; judge: {judge}")
 
     # ---- the texts: each rank samples its share, the first one measures --------------------------
-    val = {}
+    val, rows, limit = {}, [], sum(len(row['ids']) for row in real) or sys.maxsize
     if models and meta and eval_iters and not sweep:
         with autocast(device, bf16):
             val = dict(val=estimate_loss(model, encoder, meta, eval_iters, batch_size, device))
         print0(describe_val(val['val']))
-    for i, entry in enumerate(plan):
-        if done[i]:
-            continue
-        began, runs = time.time(), {seed: others.get(entry['source'], texts)}
-        if entry['source'] in models:
-            how = {name: entry[name] for name in SWEPT[2:]}
-            print0("sampling: " + ', '.join(f'{k}={v}' for k, v in how.items()))
-            with autocast(device, bf16):
-                runs = sample_runs(*models[entry['source']], n, how, seeds, batch_size, device,
-                                   '' if sweep else out_dir)
-            entry |= dict(seconds=time.time() - began)
-        if rank:
-            continue
-        if not sweep:       # real text is held to as many tokens
-            limit = min(limit, *map(count_tokens, runs.values()))
-        of_runs = [measure(rows, limit, train, judges, encode) for rows in runs.values()]
-        done[i] = entry | over_runs(of_runs)
-        if len(runs) > 1:
-            done[i]['by_seed'] = dict(zip(runs, of_runs))
-        if sweep:
-            add_lines(log, [done[i]])
-    if dist.is_initialized():
+    for entry in plan:
+        entry = config | dict(sweep='', judge=judge) | entry
+        row = next((row for row in known if entry.items() <= row.items()), None)
+        if row is None:
+            sampling, runs, began = {k: entry[k] for k in SWEPT[1:]}, [], time.time()
+            for s in seeds if models else []:
+                print0(f'sampling with seed {s}:', sampling)
+                name = 'samples_eval' + f'_{s}' * (len(seeds) > 1) + '.jsonl'
+                file = '' if sweep else os.path.join(out_dir, name)
+                with autocast(device, bf16):
+                    runs.append(sample_set(*models[entry['source']], num_samples, sampling, s,
+                                           batch_size, file))
+            row = entry | dict(seconds=round(time.time() - began, 2))
+            if rank == 0:
+                row |= over_runs([measure(run, limit, judges) for run in runs or [texts]])
+                add_lines(log, [row] if sweep else [])
+        rows.append(row)
+    if world > 1:
         dist.destroy_process_group()
     if rank:
         sys.exit()
 
     # ---- the table, and the same as a line of JSON -----------------------------------------------
-    rows = [row for row in done if row['source'] not in (REAL, UNIGRAM)]
-    names = [k for k in ('source', *SWEPT[2:]) if len({row.get(k) for row in rows}) > 1]
+    beside = dict(real=measure(real, limit, judges)) if real else {}
+    names = [k for k in ('source', *SWEPT[1:]) if len({row[k] for row in rows}) > 1]
     table = {' '.join(f'{k}={row[k]}' for k in names) or 'samples': row for row in rows}
-    beside = {row['source']: row for row in done[len(rows):]}
+    report = rows[0] | val | beside
     if sweep:
-        print_table(table | beside, LEFT_OUT)
-        plot_sweep(os.path.join(out_dir, 'sweep.png'), rows, beside.get(REAL), names)
-        sys.exit()
-    report = rows[0] | val
-    for name, row in beside.items():
-        report[name] = {k: x for k, x in row.items() if k not in shared}
-    if judge == 'ngram':
-        report |= gap_closed(report)
-    add_lines(log, [report])
+        plot_sweep(os.path.join(out_dir, 'sweep.png'), rows, beside.get('real'), names)
+    else:
+        add_lines(log, [report])
     print_table(table | beside)
-    if judge == 'ngram':
-        print(f"gap closed: {report['gap_closed']:.3f} of the way from unigram to real text by "
-              f"characters, {report['gap_closed_tokens']:.3f} by tokens")
-    print(to_json(report))
+    print(f"\n{log}, sweep.png" if sweep else to_json(report))

@@ -4,7 +4,7 @@ Write text: noise at t=0, a few dozen steps along the learned flow, tokens at t=
     python sample.py                                   # the model in out/, with its task's settings
     python sample.py --steps=64 --gamma=1.0 --trace=8   # watch the text come out of the noise
     python sample.py --html=out/page.html              # the same as a page, with a slider over t
-    python sample.py --prompt="the"                    # goes on; --infill="the ___ of" fills holes
+    python sample.py --prompt="the ___ of"             # fills the holes, and goes on
     python sample.py --init_from=embedded-language-flows/ELF-B-owt-torch --num_samples=4
     python sample.py --init_from=embedded-language-flows/ELF-B-de-en-torch --input="Guten Morgen"
 """
@@ -20,21 +20,20 @@ from tqdm import tqdm
 from model import ELF, TextEncoder, velocity
 from parts.checkpoint import make_out_dir
 from parts.data import batched, load_tokenizer, printable, row_seed, write_jsonl
-from parts.device import autocast, compile_in_place, pack_linears, rank_and_world, start
-from parts.page import (MOMENTS, can_redraw, check_writable, is_right, make_frame, moments, show,
-                        write_page, write_svg)
-from parts.prompt import known_tokens, read_given, text_ids
+from parts.device import (autocast, compile_in_place, on_signals, pack_linears, rank_and_world,
+                          start)
+from parts.page import MOMENTS, check_writable, make_frame, moments, show, write_page, write_svg
+from parts.prompt import encode_given, known_tokens, read_tasks, texts_in
 
 # -------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); samples.jsonl is written here
 init_from = ''              # instead: a published checkpoint, file, folder or hub id
-num_samples = 8             # texts; with conditions, texts for each of them, 1 unless given
+num_samples = 8             # texts; with conditions, unless given, one for each of them
 input = ''                  # condition of a conditional model (a text to translate, a number ...)
 input_file = ''             # or many: a .jsonl with 'input' (or 'source') a line, perhaps 'target'
 prompt = ''                 # how each text starts, for a model without conditions: not trained on
-                            # prompts, it is shown them as noisy as all else
-infill = ''                 # or a text with holes, "the ___ of": a token for each underscore, 3 or
-                            # more; where it ends the model goes on
+                            # prompts, it is shown them as noisy as all else. "the ___ of": a hole,
+                            # three or more underscores, is filled with a token for each of them
 batch_size = 16             # rows sampled at once; changes memory and speed, not the texts
 steps = -1                  # forward passes per text, -1 = the checkpoint's default, as below
 sampler = ''                # 'ode'; 'sde' re-noises a little before each step, with less noise than
@@ -78,19 +77,6 @@ def time_grid(steps, schedule, config, generator=None):
     return torch.cat((torch.zeros(1), inner, torch.ones(1)))
 
 
-def predict(model, z, x_prev, t, w, cfg, known):
-    """
-    The clean latent x (B, T, C) seen from z at t (B,). With cfg: guided away from what rows without
-    their condition, which stands where known (B, T, 1) is, would see.
-    """
-    if cfg == 1:
-        return model.denoise(z, x_prev, t, w)
-    z = torch.cat((z, torch.where(known, 0.0, z)))                # rows with and without, one batch
-    x_prev = torch.cat((x_prev, torch.where(known, 0.0, x_prev)))
-    x_c, x_u = model.denoise(z, x_prev, t.repeat(2), w.repeat(2)).chunk(2)
-    return x_u + cfg * (x_c - x_u)
-
-
 @torch.no_grad()
 def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=None, cond_mask=None,
              step_noise=None, generators=None, watch=None, noisy_cond=False):
@@ -112,7 +98,7 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
     if cond is None:
         cond, cond_mask = torch.zeros_like(z), torch.zeros_like(z[..., 0])
     known = cond_mask.bool()[..., None]                                                  # (B, T, 1)
-    w = torch.full((B,), float(w), device=z.device)
+    w = z.new_full((B,), w)
     z = torch.where(known, cond, z)
     x_prev = torch.zeros_like(z) if noisy_cond else torch.where(known, cond, 0.0)     # no guess yet
     for i in range(steps):
@@ -134,7 +120,12 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
             noise = c.noise_scale * randn(z, generators)
             z = torch.where(known, t * cond + (1 - t) * noise, z)
 
-        x = predict(model, z, x_prev, t.flatten(), w, cfg, known)
+        if cfg == 1:
+            x = model.denoise(z, x_prev, t.flatten(), w)
+        else:       # away from what rows without their condition would see; both as one batch
+            both = [torch.cat((y, torch.where(known, 0.0, y))) for y in (z, x_prev)]
+            x_c, x_u = model.denoise(*both, t.flatten().repeat(2), w.repeat(2)).chunk(2)
+            x = x_u + cfg * (x_c - x_u)
         v = velocity(x, z, t, c.t_eps)
         z = torch.where(known, cond, z + (t_next - t) * v)
         if c.self_cond_prob:        # a network that was never shown a guess is not fed one
@@ -157,7 +148,7 @@ def decode(model, z, w):
     ids, p = [], []
     # as many rows at a time as make a gigabyte of logits
     for rows in z.split(max(1, 2**28 // (z.shape[1] * model.config.vocab_size))):
-        logits = model.decode(rows, torch.full((len(rows),), float(w), device=z.device))
+        logits = model.decode(rows, rows.new_full((len(rows),), w))
         best = logits.max(dim=-1)
         ids.append(best.indices)
         p.append((best.values - logits.logsumexp(dim=-1)).exp())
@@ -169,47 +160,34 @@ def decode_ids(model, z, w):
     return decode(model, z, w)[0]
 
 
-def read_texts(model, tokenizer, z, w, ids, known):
-    """
-    What latents (B, T, C) say, known_tokens' ids and known beside them -> a pair for each text: its
-    ids, how likely the model finds each.
-    """
-    said, p = decode(model, z, w)
-    texts = []
-    for row, likely, *given in zip(said.cpu(), p.cpu().masked_fill(known, 1.0), ids, known):
-        text, start = text_ids(row, *given, tokenizer, model.config)
-        texts.append((text, likely[start:start + len(text)].tolist()))
-    return texts
-
-
 def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, given=None,
                  encoder=None, watch=None):
     """
     The texts with these numbers -> rows {'id', 'generated', 'ids'}, with conditions 'input' too,
     one after the other. Grid, first noise and SDE noise of text i come from (seed, i) alone.
 
-    sampling: what resolve_sampling gives. given: of a model with conditions these, as texts by
-    number, of others what read_prompt gives; encoder: the TextEncoder for it. watch(numbers, i, t,
-    z): called with the numbers of a batch at each of its steps, see generate.
+    sampling: what resolve_sampling gives. given: by number, the condition of each text, or how it
+    starts; encoder: the TextEncoder for it. watch(numbers, ids of what is given, i, t, z) is called
+    at each step of a batch, see generate.
     """
     c, sampling = model.config, dict(sampling)
     steps, grid = sampling.pop('steps'), sampling.pop('grid')
-    conditions = given if c.max_input_length else None      # else what is given is a prompt
     for batch in batched(numbers, batch_size):
         seeds = [row_seed(seed, i) for i in batch]
         generators = [torch.Generator(device).manual_seed(s) for s in seeds]
         times = [time_grid(steps, grid, c, torch.Generator().manual_seed(s)) for s in seeds]
         z = torch.empty(len(batch), c.max_length, c.latent_dim, device=device)
         z = c.noise_scale * randn(z, generators)
-        ids, known = known_tokens(given, batch, tokenizer, c)
-        mask = known.to(device)         # what is known is all that the encoder sees
-        cond = encoder(ids.to(device), mask, mask) if given else None
-        z = generate(model, z, torch.stack(times), cond=cond, cond_mask=mask, generators=generators,
-                     watch=watch and partial(watch, batch), noisy_cond=given is not conditions,
-                     **sampling)
-        texts = read_texts(model, tokenizer, z, sampling['w'], ids, known)
+        rows = [encode_given(given[i], tokenizer, c) if given else [] for i in batch]
+        ids, known = [x.to(device) for x in known_tokens(rows, c)]
+        # what is known is all that the encoder sees
+        cond = encoder(ids, known, known) if given else None
+        z = generate(model, z, torch.stack(times), cond=cond, cond_mask=known,
+                     generators=generators, watch=watch and partial(watch, batch, rows),
+                     noisy_cond=given and not c.max_input_length, **sampling)
+        texts = texts_in(rows, *decode(model, z, sampling['w']), tokenizer, c)
         for i, (ids, _) in zip(batch, texts):
-            row = dict(id=i, input=conditions[i]) if conditions else dict(id=i)
+            row = dict(id=i, input=given[i]) if c.max_input_length else dict(id=i)
             yield row | dict(generated=tokenizer.decode(ids, skip_special_tokens=True), ids=ids)
 
 
@@ -225,10 +203,13 @@ def resolve_sampling(config, steps=-1, sampler='', gamma=-1, w=-1, cfg=-1, grid=
     """
     Settings where given, else what the checkpoint has for that number of steps -> dict. Below 8
     steps of which it says nothing gamma is 0: so long a step back costs more than it brings.
+    UserError for guidance without conditions.
     """
     given = dict(steps=steps, sampler=sampler, gamma=gamma, w=w, cfg=cfg, grid=grid)
     own = {name: getattr(config, name) for name in given}
     given = {name: value for name, value in given.items() if value not in (-1, '')}
+    if given.get('cfg', 1) != 1 and not config.max_input_length:
+        raise UserError(f"cfg={cfg}: this is a model without conditions; drop it")
     steps = given.get('steps', config.steps)
     # of its own number of steps by_steps says nothing: there the checkpoint's settings are meant
     if steps != config.steps and steps in config.by_steps:
@@ -248,15 +229,15 @@ if __name__ == '__main__':
     check_writable('html', html)
     check_writable('svg', svg)
     device, bf16, about = start(device, dtype)
-    model, source = load_model(init_from, out_dir).to(device), init_from or out_dir
+    source, model = init_from or out_dir, load_model(init_from, out_dir).to(device)
     c = model.config
     tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
     sampling = resolve_sampling(c, steps, sampler, gamma, w, cfg, grid)
-    given, tasks = read_given(config, named, source, tokenizer, c)
-    if sampling['cfg'] != 1 and not c.max_input_length:
-        raise UserError(f"cfg={sampling['cfg']}: {source} has no conditions to guide with, the "
-                        "texts would be the same for twice the work; use --cfg=1")
-    encoder = given and TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
+    tasks = read_tasks(config, named, source, tokenizer, c)
+    given = encoder = None
+    if c.max_input_length or prompt:
+        given = [task.get('input', prompt) for task in tasks]
+        encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
     make_out_dir(out_dir)
     facts = dict(model=source, device=about, seed=seed, length=c.max_length) | sampling
     print(', '.join(f'{name}: {value}' for name, value in facts.items()))
@@ -264,23 +245,20 @@ if __name__ == '__main__':
         pack_linears(model, bf16)
 
     # ---- sample ----------------------------------------------------------------------------------
-    frames, watched = [], moments(sampling['steps'], trace or (MOMENTS if html or svg else 0))
+    rows, frames = [], []
+    watched = moments(sampling['steps'], trace or (MOMENTS if html or svg else 0))
 
-    def take_frame(numbers, i, t, z):
+    def take_frame(numbers, given, i, t, z):
         if numbers[0] == 0 and i in watched:
-            known = known_tokens(given, numbers[:8], tokenizer, c)
-            texts = read_texts(model, tokenizer, z[:8], sampling['w'], *known)
+            texts = texts_in(given, *decode(model, z[:8], sampling['w']), tokenizer, c)
             frames.append(make_frame(i, t, texts, tasks, tokenizer))
             if trace:
                 show(frames, sampling['steps'])
 
-    numbers, rows = range(len(tasks)), []
-    texts = sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, given,
-                         encoder, take_frame)
-    bar = tqdm(texts, total=len(numbers), desc='texts', disable=trace and can_redraw() or None)
-    for name in ('SIGTERM', 'SIGHUP'):      # as Ctrl-C, unless nohup ignores it or Windows lacks it
-        if signal.getsignal(number := getattr(signal, name, signal.SIGTERM)) == signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
+    texts = sample_texts(model, tokenizer, range(len(tasks)), batch_size, seed, device, sampling,
+                         given, encoder, take_frame)
+    bar = tqdm(texts, total=len(tasks), desc='texts', disable=bool(trace) or None)
+    on_signals(signal.default_int_handler)          # all of them as Ctrl-C
     try:
         with autocast(device, bf16):
             for row in bar:
@@ -289,19 +267,16 @@ if __name__ == '__main__':
     # ---- write, whatever ended it: the texts that are done ---------------------------------------
     finally:
         if rows:
-            write_jsonl(os.path.join(out_dir, 'samples.jsonl'), rows)
-            print(f"{len(rows)} of {len(numbers)} texts in {out_dir}/samples.jsonl")
+            write_jsonl(f'{out_dir}/samples.jsonl', rows)
+            print(f"{len(rows)} of {len(tasks)} texts in {out_dir}/samples.jsonl")
     if html:
         write_page(html, frames, facts)
-        print(f"page: {html}")
     if svg:
         write_svg(svg, frames)
-        print(f"picture: {svg}")
 
     # ---- show ------------------------------------------------------------------------------------
     for row in rows:
-        head = f"--- {row['id']}" + (f": {printable(row['input'])}" if 'input' in row else '')
-        print(head, *map(printable, row['generated'].split('\n')), sep='\n')
+        print(f"--- {row['id']}: {printable(row.get('input', ''))}")
+        print('\n'.join(map(printable, row['generated'].split('\n'))))
         if 'target' in row:
-            right = is_right(row['generated'], row['target'])
-            print('right' if right else f"target: {printable(str(row['target']))}")
+            print(f"target: {printable(str(row['target']))}")

@@ -5,7 +5,6 @@ ckpt.pt and the one before it, ckpt_prev.pt, are written whole or not at all and
 needs to go on, in tensors and plain types only. A tokenizer and an encoder that are no names on the
 hub lie beside them, in tokenizer/ and encoder/, so that the folder can be moved and used anywhere.
 """
-import filecmp
 import glob
 import json
 import os
@@ -53,52 +52,46 @@ def lock(out_dir):
 
 def save_checkpoint(out_dir, ckpt, keep_as=''):
     """Write out_dir/ckpt.pt; the one before stays as ckpt_prev.pt; keep_as: a name for a copy."""
-    path, kept = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, keep_as)
+    path = os.path.join(out_dir, 'ckpt.pt')
+    aside = path + '.tmp'
     device.saving = True
     try:
-        with open(path + '.tmp', 'wb') as f:
+        with open(aside, 'wb') as f:
             torch.save(ckpt, f)
             f.flush()
             os.fsync(f.fileno())
         if os.path.lexists(path):
-            before = 'ckpt_prev.pt'
-            if path in damaged:     # it must not replace the good one from which the run went on
-                before = 'damaged_ckpt.pt'
-                damaged.remove(path)
-                print(f"{path} is damaged; it is {before} now")
+            before = 'damaged_ckpt.pt' if path in damaged else 'ckpt_prev.pt'
             os.replace(path, os.path.join(out_dir, before))
-        os.replace(path + '.tmp', path)
+        damaged.discard(path)
+        os.replace(aside, path)
         if keep_as:
-            shutil.copyfile(path, kept + '.tmp')
-            os.replace(kept + '.tmp', kept)
+            shutil.copyfile(path, aside)
+            os.replace(aside, os.path.join(out_dir, keep_as))
     except (OSError, RuntimeError) as e:        # a full disk is a RuntimeError inside torch.save
-        for aside in (path + '.tmp', kept + '.tmp'):
-            if os.path.exists(aside):
-                os.remove(aside)
+        if os.path.exists(aside):
+            os.remove(aside)
         raise UserError(f"could not write {path}: {str(e).splitlines()[0]}; "
                         "what was there before is intact") from None
     finally:
         device.saving = False
 
 
-damaged = set()     # paths that newest_checkpoint skipped; the next save moves them aside
+damaged = set()     # paths: the next save must not let them replace the good ones before them
 
 
 def newest_checkpoint(out_dir):
     """The newest whole checkpoint that a run can go on from -> path, dict. UserError if none."""
-    for name in ('ckpt.pt', 'ckpt_prev.pt'):
-        path = os.path.join(out_dir, name)
-        if not os.path.lexists(path):
-            continue
-        check_readable(path)
+    for path in checkpoints_in(out_dir):
         try:
             ckpt = load_checkpoint(path)
         except UserError as e:
-            print(f"SKIPPED: {e}")
+            if isinstance(e.__context__, (PermissionError, FileNotFoundError)):
+                raise       # it is not damaged
+            print(f"SKIPPED, the next save makes it damaged_ckpt.pt: {e}")
             damaged.add(path)
             continue
-        needed = {'model', 'ema', 'optimizer', 'config', 'model_args', 'iter_num'}
-        if not needed <= ckpt.keys():
+        if 'optimizer' not in ckpt:
             raise UserError(f"{path} has weights only, no state to resume from; "
                             f"start from them with --init_from={path}")
         return path, ckpt
@@ -106,26 +99,20 @@ def newest_checkpoint(out_dir):
                     "start with --init_from=scratch")
 
 
-def check_readable(path):
-    """UserError if a file or folder cannot be opened: no permission, a link to nothing."""
-    try:
-        if os.path.isdir(path):
-            os.listdir(path)
-        else:
-            open(path, 'rb').close()
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
+def checkpoints_in(out_dir):
+    """Paths of the checkpoints of the run in out_dir that are there, the newest first."""
+    paths = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt')]
+    return [path for path in paths if os.path.lexists(path)]
 
 
 def check_checksums(path):
     """Read a zip of torch.save's against its checksums. ValueError, or whatever zipfile raises."""
     with zipfile.ZipFile(path) as z:
-        for part in z.infolist():
-            # where one flipped bit says "folder" or "compressed", torch reads noise
-            if part.compress_type or part.external_attr or part.file_size != part.compress_size:
-                raise ValueError(f"the entry of {part.filename} is damaged")
-        if bad := z.testzip():
-            raise ValueError(f"the checksum of {bad} does not fit")
+        # where one flipped bit says "folder" or "compressed", torch reads noise
+        odd = [x for x in z.infolist()
+               if x.compress_type or x.external_attr or x.file_size != x.compress_size]
+        if odd or z.testzip():
+            raise ValueError("its checksums do not fit")
 
 
 def load_checkpoint(path):
@@ -150,14 +137,15 @@ def load_checkpoint(path):
 # -------------------------------------------------------------------------------------------------
 # a run: where it starts, what it may change, how it ends
 
-# a resumed run may change max_iters on purpose, what is only seen or saved, and where it runs
-MAY_CHANGE_ON_RESUME = (
+# a resumed run may change what is only seen or saved
+MAY_CHANGE = (
     'out_dir', 'init_from', 'overwrite', 'log_interval', 'eval_interval', 'eval_iters',
     'save_interval', 'keep_interval', 'sample_interval', 'wandb_log', 'wandb_project', 'data_dir',
-    'verify_data', 'max_iters', 'max_minutes', 'max_bad_steps', 'max_epochs', 'dtype',
+    'verify_data', 'max_minutes', 'max_bad_steps', 'max_epochs', 'dtype',
     'gradient_checkpointing', 'sampler', 'steps', 'gamma', 'w', 'cfg', 'grid', 'bins')
-# these too, but then sums are in another order, and it is not the same bit for bit
-ORDER_OF_SUMS = ('ranks', 'device', 'bf16', 'compile', 'batch_size', 'gradient_accumulation_steps')
+# and, said so, where it runs, which changes the order of sums, not their terms; and how long
+MAY_CHANGE_ALOUD = ('max_iters', 'ranks', 'device', 'bf16', 'compile', 'batch_size',
+                    'gradient_accumulation_steps')
 
 
 def launch():
@@ -167,8 +155,7 @@ def launch():
 
 def where_to_start(init_from, out_dir, overwrite):
     """Decide what init_from means here -> 'scratch', 'resume' or weights. Work is never lost."""
-    names = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt')]
-    there = [name for name in names if os.path.exists(name)]
+    there = checkpoints_in(out_dir)
     if init_from == 'auto' or init_from.startswith('auto:'):
         return 'resume' if there else init_from[5:] or 'scratch'
     # torchrun --max-restarts begins again with the same command line: what it began goes on
@@ -187,14 +174,11 @@ def fingerprint(meta):
     """What of a dataset must be the same when a run goes on -> flat dict of plain values."""
     found = {name: meta[name] for name in ('rows', 'vocab_size', 'latent_mean', 'latent_std')}
     found |= meta['checksums']
-    for part in ('encoder', 'tokenizer'):
-        if not os.path.isdir(meta[part]):
-            found[part] = meta[part]
-            continue
-        for name in ('model.safetensors', 'tokenizer.json', 'spiece.model'):
-            file = os.path.join(meta[part], name)
-            if os.path.exists(file):
-                found[f'{part}/{name}'] = sha256(file)
+    for part in PARTS:
+        files = {f'{part}/{name}': os.path.join(meta[part], name)
+                 for name in ('model.safetensors', 'tokenizer.json', 'spiece.model')}
+        sums = {name: sha256(file) for name, file in files.items() if os.path.exists(file)}
+        found |= sums or {part: meta[part]}         # a name on the hub
     return found
 
 
@@ -207,32 +191,24 @@ def check_resume(path, ckpt, config):
     if len(set(found)) > 1:
         raise UserError(f"the ranks see different checkpoints in {os.path.dirname(path)}: {found}; "
                         "it must be one folder that all of them share")
-    data = ckpt.get('data', {})         # it stood apart, as did what ran them, in older versions
-    was = ckpt['config'] | ckpt.get('layout', {})
-    bins = was.get('bins') or data | data.get('checksums', {})
-    now = config['bins']
-    if changed := [name for name in bins if name in now and now[name] != bins[name]]:
+    was, now = ckpt['config'], config['bins']
+    # older versions had data
+    bins = was.get('bins') or ckpt['data'] | ckpt['data']['checksums']
+    if differ := [name for name in bins if now.get(name, bins[name]) != bins[name]]:
         raise UserError(f"{path} was trained on other bins than those of --dataset="
-                        f"{config['dataset']} now ({', '.join(changed)} differ); prepare them as "
+                        f"{config['dataset']} now ({', '.join(differ)} differ); prepare them as "
                         "they were, or start anew")
-    differs = [name for name in was if config.get(name, was[name]) != was[name]]
-    changed = {name: f"{name} was {was[name]!r}, now {config[name]!r}" for name in differs}
-    rows, rows_now = (x['batch_size'] * x['gradient_accumulation_steps'] for x in (was, config))
-    other = [name for name in differs if name not in MAY_CHANGE_ON_RESUME + ORDER_OF_SUMS]
-    if rows != rows_now:
-        other += [name for name in ORDER_OF_SUMS[-2:] if name in differs]
-    if other:
-        raise UserError(f"{path} was trained with other settings: "
-                        f"{'; '.join(changed[name] for name in other)}; "
+    was, now = (x | dict(rows_per_step=x['batch_size'] * x['gradient_accumulation_steps'])
+                for x in (was, config))
+    changed = {name: f"{name} was {was[name]!r}, now {now[name]!r}" for name in was
+               if name not in MAY_CHANGE and now.get(name, was[name]) != was[name]}
+    told = [changed.pop(name) for name in MAY_CHANGE_ALOUD if name in changed]
+    if changed:
+        raise UserError(f"{path} was trained with other settings: {'; '.join(changed.values())}; "
                         "drop the override or choose another --out_dir")
-    notes = []
-    if 'max_iters' in differs and config['lr_schedule'] == 'cosine':
-        notes.append(f"{changed['max_iters']}: the cosine of the learning rate jumps")
-    moved = [changed[name] for name in differs if name in ORDER_OF_SUMS]
-    why = "the same rows a step, but sums in another order, so not bit for bit"
-    if 'batch_size' in differs:
-        why += ", and other draws for them"
-    return notes + [f"{'; '.join(moved)}: {why}"] * bool(moved)
+    if config['lr_schedule'] == 'cosine' and was['max_iters'] != now['max_iters']:
+        told[0] += ": the cosine of the learning rate jumps"
+    return told
 
 
 def begin_run(out_dir, resumed, config, c):
@@ -271,13 +247,13 @@ def begin_run(out_dir, resumed, config, c):
 
 def put_aside(out_dir):
     """Move the run in out_dir, if there is one, into old_1, old_2, ... in it; nothing is lost."""
-    names = [name for name in os.listdir(out_dir) if name != 'lock'
-             and (name in PARTS or os.path.isfile(os.path.join(out_dir, name)))]
     number = 1
     while os.path.exists(old := os.path.join(out_dir, f'old_{number}')):
         number += 1
-    for name in names:
-        os.renames(os.path.join(out_dir, name), os.path.join(old, name))
+    for name in os.listdir(out_dir):
+        path = os.path.join(out_dir, name)
+        if name != 'lock' and (name in PARTS or os.path.isfile(path)):
+            os.renames(path, os.path.join(old, name))
 
 # -------------------------------------------------------------------------------------------------
 # whole: a tokenizer and an encoder of one's own lie beside the checkpoint
@@ -289,43 +265,32 @@ NOT_CARRIED = dict(encoder=('.*', '*.h5', '*.msgpack'), tokenizer=('.*', '*.bin'
 def carry(c, out_dir):
     """
     Copy the tokenizer and the encoder that an ELFConfig names into out_dir, if they are folders
-    here, each whole or not at all -> the config that a checkpoint in out_dir holds: it names them
-    'tokenizer' and 'encoder'; hub ids stay. UserError if out_dir has others, of another run.
+    here and it has none, each whole or not at all -> the config that a checkpoint in out_dir holds:
+    it names them 'tokenizer' and 'encoder'; hub ids stay. UserError.
     """
     names = {}
     for part in PARTS:
         source, there = getattr(c, part), os.path.join(out_dir, part)
         if not os.path.isdir(source):
             continue
-        aside = there + '.tmp'
+        names[part], aside = part, there + '.tmp'
+        if os.path.exists(there):
+            continue        # of the run that goes on, the same: see check_resume
         try:
             shutil.rmtree(aside, ignore_errors=True)        # of a copy that was killed
             shutil.copytree(source, aside, ignore=shutil.ignore_patterns(*NOT_CARRIED[part]))
             os.chmod(aside, 0o755)      # the source may be read-only
-            if not os.path.exists(there):
-                os.replace(aside, there)
-            elif any(filecmp.cmpfiles(aside, there, files_in(aside), shallow=False)[1:]):
-                raise UserError(f"{there} is another {part} than {source}; "
-                                "choose another folder, or move it away")
+            os.replace(aside, there)
         except OSError as e:
-            raise UserError(f"cannot copy the {part} {source} to {there}: {one_line(e)}") from None
-        finally:
             shutil.rmtree(aside, ignore_errors=True)
-        names[part] = part
+            raise UserError(f"cannot copy the {part} {source} to {there}: {one_line(e)}") from None
     return replace(c, **names)
-
-
-def files_in(folder):
-    """Paths of all files in a folder, relative to it, as the hub lists those of a repository."""
-    paths = glob.glob('**', root_dir=folder, recursive=True)
-    return [path for path in paths if os.path.isfile(os.path.join(folder, path))]
 
 
 def find_parts(settings, path, ckpt):
     """
-    Where the tokenizer and the encoder that a run made for itself lie: beside its checkpoint; of
-    older versions of this code, beside the bins, data/<set>/tokenizer -> settings to change.
-    UserError if they are gone, or belong to a set that was prepared again since.
+    Where the tokenizer and the encoder that a run carries lie: beside its checkpoint; of older
+    versions with the bins -> settings to change. UserError if they are gone, or were made again.
     """
     found = {}
     for part in PARTS:
@@ -335,28 +300,29 @@ def find_parts(settings, path, ckpt):
         if os.path.isdir(beside):
             found[part] = beside
         elif name == part or not os.path.isdir(name):
-            raise UserError(f"{path} needs its {part}, and {name} is not there; copy it from where "
-                            f"the model was trained to {beside}")
-        elif is_prepared_again(os.path.dirname(name), ckpt):
+            raise UserError(f"{path} needs its {part}; copy it from where the model was trained "
+                            f"to {beside}")
+        elif prepared_again(os.path.dirname(name), ckpt):
             raise UserError(f"{path} needs its {part}, but {os.path.dirname(name)} was prepared "
-                            f"again since; if you still have the old one, copy it to {beside}")
+                            f"again since; copy the one it was trained with to {beside}")
     return found
 
 
-def is_prepared_again(folder, ckpt):
-    """Whether a set has other bins than those of a checkpoint, as far as both are known."""
-    try:
-        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
-            return json.load(f)['checksums'] != ckpt['data']['checksums']
-    except (OSError, ValueError, LookupError, TypeError):
+def prepared_again(folder, ckpt):
+    """Whether a set has other bins than those of a checkpoint of an older version."""
+    file = os.path.join(folder, 'meta.json')
+    if 'data' not in ckpt or not os.path.exists(file):
         return False
+    with open(file, encoding='utf-8') as f:
+        now = json.load(f)['checksums']
+    return any(now.get(name) != was for name, was in ckpt['data']['checksums'].items())
 
 # -------------------------------------------------------------------------------------------------
 # where: a file, a folder, the hub
 
 # names of checkpoints, first choice first
 KINDS = (r'checkpoint_\d+', r'ckpt\.pt', r'ckpt_prev\.pt', r'.*\.safetensors',
-         r'last\.ckpt', r'.*step=?\d+.*\.ckpt', r'.*\.ckpt')
+         r'last\.ckpt', r'.*\.ckpt')
 
 
 def step_in(name):
@@ -365,7 +331,7 @@ def step_in(name):
     return int(found[1]) if found else 0
 
 
-def choose(names, inside, source):
+def choose(names, source, inside=''):
     """
     The first choice of KINDS among names of files in the folder inside, '' for all; of several
     steps the largest. A name that is inside itself is taken, whatever it is. UserError.
@@ -373,9 +339,9 @@ def choose(names, inside, source):
     names = {name.removesuffix('/_METADATA') for name in names}     # an Orbax folder is one name
     if inside in names:
         return inside
-    names = [n for n in sorted(names) if not inside or n.startswith(f'{inside}/')]
+    names = [name for name in sorted(names) if name.startswith(inside and f'{inside}/')]
     for kind in KINDS:
-        if found := [n for n in names if re.fullmatch(kind, os.path.basename(n))]:
+        if found := [name for name in names if re.fullmatch(kind, os.path.basename(name))]:
             return max(found, key=step_in)
     raise UserError(f"no checkpoint in {source}: expected checkpoint_<step>, ckpt.pt, "
                     "a .safetensors or a .ckpt file")
@@ -387,57 +353,48 @@ def find_checkpoint(source):
     file, or an Orbax folder. What is named exactly is taken, whatever it is called; in a folder or
     repository, see KINDS. Paths here come before hub ids. UserError if there is nothing.
     """
-    if os.path.lexists(source):
-        check_readable(source)
-        if not os.path.isdir(source) or is_orbax(source):
-            return source
-        paths = {name: os.path.join(source, name) for name in os.listdir(source)}
-        names = [n for n, path in paths.items() if not os.path.isdir(path) or is_orbax(path)]
-        path = paths[choose(names, '', source)]
-        check_readable(path)
+    with from_hub('no checkpoint', source):
+        path = source
+        if not os.path.lexists(source):
+            path = download(source)
+        elif os.path.isdir(source) and not os.path.exists(os.path.join(source, '_METADATA')):
+            path = os.path.join(source, choose(os.listdir(source), source))
+        if not os.path.isdir(path):
+            open(path, 'rb').close()        # or it says why not
         return path
-    repo = re.fullmatch(r'(\w[^/]*/[^/]+)(?:/(.*[^/]))?', source)
-    if not repo:
-        raise UserError(f"{source!r} is no file or folder here, and no hub id (org/repo); "
-                        "nothing to load")
-    return download(repo[1], repo[2] or '', source)
 
 
-def download(repo, inside, source):
+def download(source):
     """
-    The checkpoint inside a hub repository, and what belongs to it -> its path in the hub's cache.
-    Without a network, what the cache has. UserError.
+    A hub id -> the path in the hub's cache of the checkpoint that is meant; what belongs to it lies
+    there, too. Without a network, what the cache has.
     """
     from huggingface_hub import HfApi, snapshot_download
-    folder = None
-    with from_hub('no checkpoint', source):
-        try:
-            names = HfApi().list_repo_files(repo)
-        except Exception:       # of many kinds; from_hub tells it, if the cache has nothing, either
-            # [] asks for no file, only for the folder
-            folder = snapshot_download(repo, allow_patterns=[], local_files_only=True)
-            names = files_in(folder)
-            source += ", as far as the cache has it, and the hub cannot be asked"
-        name = choose(names, inside, source)
-        if not folder:
-            beside = name[:-len(os.path.basename(name))]
-            wanted = [name, beside + 'config.yml']
-            wanted += [f'{at}/*' for at in (name, *(beside + part for part in PARTS))]
-            folder = snapshot_download(repo, allow_patterns=wanted)
-    return os.path.join(folder, name)
-
-
-def is_orbax(folder):
-    return os.path.isfile(os.path.join(folder, '_METADATA'))
+    at = re.fullmatch(r'(\w[^/]*/[^/]+)(?:/(.*[^/]))?', source)
+    if not at:
+        raise UserError(f"{source!r} is no file or folder here, and no hub id (org/repo); "
+                        "nothing to load")
+    repo, inside = at.groups(default='')
+    try:
+        names = HfApi().list_repo_files(repo)
+    except Exception:       # of many kinds; if the cache has nothing either, from_hub tells it
+        print(f"the hub cannot be asked for {repo}; looking in its cache")
+        # [] asks for no file, only for the folder
+        folder = snapshot_download(repo, allow_patterns=[], local_files_only=True)
+        names = [name for name in glob.glob('**', root_dir=folder, recursive=True)
+                 if os.path.isfile(os.path.join(folder, name))]
+    name = choose(names, source, inside)
+    beside = name.removesuffix(os.path.basename(name))
+    wanted = [name, f'{name}/*', f'{beside}config.yml', *(f'{beside}{part}/*' for part in PARTS)]
+    return os.path.join(snapshot_download(repo, allow_patterns=wanted), name)
 
 
 def is_jax(path):
-    """Whether it is an Orbax folder, or flax's msgpack: a small map whose first key is text."""
+    """Whether it is an Orbax folder, or flax's msgpack: a small map."""
     if os.path.isdir(path):
         return True
     with open(path, 'rb') as f:
-        start = f.read(2)
-    return len(start) == 2 and 0x81 <= start[0] <= 0x8f and 0xa1 <= start[1] <= 0xbf
+        return b'\x81' <= f.read(1) <= b'\x8f' and not path.endswith('.safetensors')
 
 
 def load_weights(source, known):

@@ -11,7 +11,6 @@ A row is condition then target, each with its EOS; unconditional rows have an em
 import contextlib
 import hashlib
 import json
-import math
 import os
 from functools import lru_cache
 from itertools import islice
@@ -30,15 +29,10 @@ FILES = ('train.bin', 'val.bin', 'train.idx.npy', 'val.idx.npy')
 def open_bins(data_dir, dataset, verify=False):
     """
     meta.json of a prepared set -> dict, with its folder as 'dir', tokenizer and encoder as names to
-    load. Sizes are checked against it; with verify offsets and checksums too. UserError if anything
-    does not fit.
+    load. Sizes are checked against it, with verify checksums too. UserError if anything differs.
     """
     folder = os.path.join(data_dir, dataset)
     finish_swap(data_dir, dataset)
-    for name in ('meta.json', *FILES):
-        if not os.path.isfile(os.path.join(folder, name)):
-            raise UserError(f"{os.path.join(folder, name)} not found; run: python prepare.py "
-                            f"--dataset={dataset}, or the command at the top of its config file")
     try:
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
             meta = json.load(f)
@@ -46,11 +40,17 @@ def open_bins(data_dir, dataset, verify=False):
         for part in ('tokenizer', 'encoder'):       # trained or seeded ones lie beside the bins
             if os.path.isdir(os.path.join(folder, meta[part])):
                 meta[part] = os.path.join(folder, meta[part])
-        check_meta(meta)
         for split in ('train', 'val'):
-            check_split(meta, split, verify)
-    except UserError:
-        raise
+            ids, index = open_split(meta, split)
+            if [len(ids), *index.shape] != [meta['tokens'][split], meta['rows'][split], 2]:
+                raise ValueError(f"{split} has {len(ids)} tokens in {len(index)} rows, not what "
+                                 "meta.json speaks of")
+        for name in FILES if verify else ():
+            if sha256(os.path.join(folder, name)) != meta['checksums'][name]:
+                raise ValueError(f"{name} has another checksum")
+    except FileNotFoundError as e:
+        raise UserError(f"{e.filename} not found; run: python prepare.py --dataset={dataset}, or "
+                        "the command at the top of its config file") from None
     except PermissionError as e:
         raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
     except Exception as e:      # a damaged file can raise nearly anything
@@ -66,42 +66,6 @@ def finish_swap(data_dir, name):
             os.replace(old, folder)
 
 
-def check_meta(meta):
-    if meta['dtype'] not in ('uint16', 'uint32'):
-        raise ValueError(f"dtype {meta['dtype']!r}")
-    for key in ('pad_id', 'eos_id'):
-        if not 0 <= meta[key] < meta['vocab_size']:
-            raise ValueError(f"{key} {meta[key]} is not in the vocabulary of {meta['vocab_size']}")
-    if meta['latent_dim'] < 1 or meta['max_length'] < 1:
-        raise ValueError("latent_dim and max_length start at 1")
-    if not 0 < meta['latent_std'] < math.inf or not math.isfinite(meta['latent_mean']):
-        raise ValueError(f"latents of mean {meta['latent_mean']} and std {meta['latent_std']}")
-
-
-def check_split(meta, split, verify):
-    """A split's files have the sizes that meta.json speaks of; with verify, what is in them too."""
-    ids, index = open_split(meta, split)
-    rows, tokens = meta['rows'][split], meta['tokens'][split]
-    file = os.path.join(meta['dir'], f'{split}.bin')
-    size = os.path.getsize(file)
-    if size != tokens * ids.itemsize:
-        raise UserError(f"{file} has {size} bytes, meta.json speaks of {tokens} {meta['dtype']} "
-                        "tokens; prepare it again")
-    if index.shape != (rows, 2) or index.dtype != np.int64 or not len(index):
-        raise UserError(f"{meta['dir']}/{split}.idx.npy holds {index.shape} {index.dtype}, "
-                        f"meta.json speaks of {rows} rows; prepare it again")
-    if not verify:
-        return
-    offsets = np.append(index.reshape(-1), tokens)
-    if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any():
-        raise UserError(f"{meta['dir']}/{split}.idx.npy has offsets that do not rise from 0 to "
-                        f"{tokens}; prepare it again")
-    for name in (f'{split}.bin', f'{split}.idx.npy'):
-        if sha256(os.path.join(meta['dir'], name)) != meta['checksums'][name]:
-            raise UserError(f"{meta['dir']}/{name} is not what prepare.py wrote (checksum); "
-                            "prepare it again")
-
-
 def check_bins(meta, config):
     """UserError if a run with these settings cannot train on these bins."""
     length, input_length = config['max_length'], config['max_input_length']
@@ -109,12 +73,9 @@ def check_bins(meta, config):
         if config[part] not in ('', meta[part]):
             raise UserError(f"{meta['dir']} was made with {part} {meta[part]}, this run asks for "
                             f"{config[part]}; prepare it again or drop --{part}")
-    if meta.get('conditional') and not input_length:
-        raise UserError(f"{meta['dir']} has conditions, max_input_length is 0; "
-                        "give the number of condition tokens to keep")
-    if input_length and not meta.get('conditional'):
-        raise UserError(f"{meta['dir']} has no conditions, max_input_length is {input_length}; "
-                        "set it to 0")
+    if bool(input_length) != meta.get('conditional', False):
+        raise UserError(f"{meta['dir']} has {'no ' * bool(input_length)}conditions, but "
+                        f"max_input_length is {input_length}: the condition tokens to keep, or 0")
     if meta['max_length'] > length and not input_length:
         raise UserError(f"{meta['dir']} has rows of {meta['max_length']} tokens, max_length is "
                         f"{length}; raise it or prepare shorter rows")
@@ -173,33 +134,29 @@ def get_rows(meta, split, rows, c):
 def write_split(folder, split, rows, dtype, vocab_size, eos=None):
     """
     Stream (condition ids, target ids) to folder/<split>.bin and .idx.npy -> rows, tokens, longest
-    row. UserError for ids outside the vocabulary.
+    row. UserError for ids outside the vocabulary and, with eos, for ends that are something else.
     """
-    index, tokens, longest = [np.empty((0, 2), np.int64)], 0, 0     # 16 bytes a row stay in memory
+    index, tokens = [np.empty((0, 2), np.int64)], 0     # 16 bytes a row stay in memory
     with open(os.path.join(folder, f'{split}.bin'), 'wb') as f:
         for batch in batched(rows, 1000):
-            ids = np.concatenate([part for row in batch for part in row]).astype(np.int64)
-            cond = np.array([len(row[0]) for row in batch])
-            length = cond + [len(row[1]) for row in batch]
-            ends = np.cumsum(length)
-            outside = np.nonzero((ids < 0) | (ids >= vocab_size))[0]
-            if len(outside):
-                row = sum(map(len, index)) + np.searchsorted(ends, outside[0], side='right')
-                raise UserError(f"row {row} of {split} has token id {ids[outside[0]]}, the "
-                                f"vocabulary has {vocab_size}; is it this tokenizer's?")
-            # without a condition this looks at the end of the row before
-            last = ids[np.append(ends, ends - length + cond) - 1]
-            if eos is not None and (last != eos).any():
-                row = sum(map(len, index)) + np.argmax(last != eos) % len(batch)
-                raise UserError(f"row {row} of {split} has ids that do not end in EOS, {eos}; take "
+            parts = [part for row in batch for part in row]
+            lengths = np.array([len(part) for part in parts])
+            ids, ends = np.concatenate(parts).astype(np.int64), np.cumsum(lengths)
+            last = ends[lengths > 0] - 1
+            bad = (ids < 0) | (ids >= vocab_size)
+            bad[last] |= eos is not None and ids[last] != eos
+            if bad.any():
+                at = np.argmax(bad)
+                row = sum(map(len, index)) + np.searchsorted(ends[1::2], at, side='right')
+                raise UserError(f"row {row} of {split} has token id {ids[at]}; the vocabulary has "
+                                f"{vocab_size}, and condition and target end in EOS, {eos}: take "
                                 "padding off, add EOS, or name the tokenizer they are from")
             f.write(ids.astype(dtype).tobytes())
-            starts = tokens + ends - length
-            index.append(np.stack((starts, starts + cond), axis=1))
-            tokens, longest = tokens + len(ids), max(longest, int(length.max()))
+            index.append(tokens + (ends - lengths).reshape(-1, 2))
+            tokens += len(ids)
     index = np.concatenate(index)
     np.save(os.path.join(folder, f'{split}.idx.npy'), index)
-    return len(index), tokens, longest
+    return len(index), tokens, int(np.diff(index[:, 0], append=tokens).max(initial=0))
 
 
 def sha256(path):
@@ -254,10 +211,8 @@ def cut_at_eos(ids, eos):
 
 def printable(text):
     """For the terminal: one line, without control characters, which could move the cursor."""
-    shown = ''
-    for ch in text:
-        shown += ch if ch.isprintable() else ' ' if ch.isspace() else f"\\x{ord(ch):02x}"
-    return shown
+    return ''.join(ch if ch.isprintable() else ' ' if ch.isspace() else f"\\x{ord(ch):02x}"
+                   for ch in text)
 
 
 def read_lines(file):
@@ -308,13 +263,8 @@ def read_inputs(file):
 
 def to_json(x):
     """A dict -> one line of JSON, which has no nan: null."""
-    def plain(x):
-        if isinstance(x, dict):
-            return {k: plain(v) for k, v in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [plain(v) for v in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-    return json.dumps(plain(x), ensure_ascii=False)
+    plain = json.loads(json.dumps(x), parse_constant=lambda _: None)
+    return json.dumps(plain, ensure_ascii=False)
 
 
 def write_jsonl(file, rows):

@@ -23,32 +23,30 @@ def pick_device(device, dtype):
     """
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     available = [kind for kind, is_there in there.items() if is_there]
-    kind = available[0] if device == 'auto' else device.partition(':')[0]
-    if kind not in available:
-        raise UserError(f"device={device!r} is not available here; this machine has "
-                        + ', '.join(available))
-    if dtype not in ('auto', 'float32', 'bfloat16'):
-        raise UserError(f"dtype={dtype!r} is not one of 'auto', 'float32', 'bfloat16'")
     try:
-        device = torch.device(kind if device == 'auto' else device)
-        name = torch.cuda.get_device_name(device) if kind == 'cuda' else 'Apple GPU'
+        found = torch.device(available[0] if device == 'auto' else device)
+        torch.empty(0, device=found)
     except (RuntimeError, AssertionError):
-        raise UserError(f"device={device!r} is not a device here: 'auto', 'cpu', 'mps', 'cuda', "
-                        "or one of several, such as 'cuda:1'") from None
-    fast = False
-    if kind == 'cuda':
+        raise UserError(f"device={device!r} is not available here; this machine has "
+                        + ', '.join(available)) from None
+    name, fast = 'Apple GPU', False
+    if found.type == 'cuda':
+        name = torch.cuda.get_device_name(found)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif kind == 'cpu':
-        fast = torch.cpu._is_avx512_bf16_supported()
+    elif found.type == 'cpu':
         name = f'CPU, {torch.get_num_threads()} threads'
-    bf16 = fast if dtype == 'auto' else dtype == 'bfloat16'
+        fast = torch.cpu._is_avx512_bf16_supported()
+    kinds = dict(auto=fast, float32=False, bfloat16=True)
+    if dtype not in kinds:
+        raise UserError(f"dtype={dtype!r} is not one of {', '.join(kinds)}")
+    bf16 = kinds[dtype]
     why = 'as asked' if dtype != 'auto' else 'fast here' if fast else 'no fast bfloat16 here'
-    if kind == 'cuda':
+    if found.type == 'cuda':
         # TF32, finer than bfloat16, for what autocast leaves in float32
         torch.set_float32_matmul_precision('high' if bf16 else 'highest')
         if not fast:
             why += '; float32 uses no tensor cores on this GPU, expect a small part of its speed'
-    return device, bf16, f"{device} ({name}), {'bfloat16 autocast' if bf16 else 'float32'} ({why})"
+    return found, bf16, f"{found} ({name}), {'bfloat16 autocast' if bf16 else 'float32'} ({why})"
 
 
 def peak_flops(about):
@@ -175,10 +173,19 @@ signals = []        # (number, when) of those that came
 saving = False      # whether a checkpoint is being written
 
 
+def on_signals(handler):
+    """What to do at those that end a process, where it does not ignore them, as under nohup."""
+    # of a system, a person, a lost terminal; what schedulers send some time before they kill
+    for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'):
+        number = getattr(signal, name, signal.SIGINT)       # Windows has the first two
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def note_signals():
     """
-    SIGTERM, Ctrl-C, a lost terminal, and what schedulers send before they kill, ask to save and
-    stop. A Ctrl-C some seconds later interrupts, but never a save.
+    SIGTERM, Ctrl-C and their like ask to save and stop. A Ctrl-C some seconds later interrupts, but
+    never a save.
     """
     def note(number, frame):
         signals.append((number, time.monotonic()))
@@ -187,10 +194,7 @@ def note_signals():
             raise KeyboardInterrupt
 
     signals.clear()
-    for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'):
-        number = getattr(signal, name, None)        # Windows has three; nohup ignores SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, note)
+    on_signals(note)
 
 
 def should_stop(started, max_minutes):

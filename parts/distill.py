@@ -5,12 +5,11 @@ the student learns the clean latent that takes it to the same place in one.
 Progressive distillation as in the official code's branch `distillation` (utils/distill_utils.py,
 distill_train_step.py). train.py runs it: see config/owt_elf_b_pd.py.
 """
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
-from model import ELF, Draws, cross_entropy, draw, noise_rows, velocity
+from model import ELF, cross_entropy, draw, noise_rows, velocity
 from parts.data import check_vocabulary
 from parts.device import to_device
 from parts.process import UserError
@@ -18,35 +17,34 @@ from parts.process import UserError
 
 def load_teacher(config, meta, init_from):
     """The teacher that train.py's settings ask for -> frozen ELF. UserError if it cannot teach."""
-    source, steps, substeps = (config[k] for k in ('teacher', 'distill_steps', 'distill_substeps'))
-    if min(steps, substeps) < 1:
-        raise UserError(f"distill_steps={steps}, distill_substeps={substeps}: with a teacher both "
-                        "start at 1")
+    source = config['teacher']
+    if config['distill_steps'] < 1 or config['distill_substeps'] < 1:
+        raise UserError("distill_steps and distill_substeps are at least 1 with a teacher")
     if init_from == 'scratch':
         raise UserError(f"a student starts from weights: --init_from={source}, or those of a "
                         "student with more steps")
     teacher = ELF.from_pretrained(source).requires_grad_(False)
     check_vocabulary(meta, teacher.config, source)
+    ours = meta | config
     for k in ('noise_scale', 'latent_mean', 'latent_std'):
-        theirs, ours = getattr(teacher.config, k), {**meta, **config}[k]
-        if theirs != ours:
-            raise UserError(f"teacher {source} has {k}={theirs}, its student would have {ours}; "
+        theirs = getattr(teacher.config, k)
+        if theirs != ours[k]:
+            raise UserError(f"teacher {source} has {k}={theirs}, its student would have {ours[k]}; "
                             "they must be alike")
     return teacher
 
 
-@dataclass
-class StudentDraws(Draws):
-    stops: torch.Tensor         # (B, k+1), rising from 0 to 1: the teacher's k steps in a student's
-
-
 def draw_student(substeps, config, B, T, generator, device):
-    """model.draw, and where the teacher stops: its inner stops are drawn as t is."""
+    """
+    model.draw, with stops (B, k+1) as well, rising from 0 to 1: where the teacher's k substeps
+    divide a student's step; the inner ones are drawn as t is.
+    """
     draws = draw(config, B, T, generator, device)
-    normal = torch.randn(B, substeps - 1, generator=generator)
-    inner = torch.sigmoid(config.t_mean + config.t_std * normal).sort(dim=1).values
-    stops = F.pad(F.pad(inner, (1, 0)), (0, 1), value=1.0)
-    return StudentDraws(**vars(draws), stops=to_device(stops, device))
+    normal = torch.randn(B, substeps - 1, generator=generator).sort(dim=1).values
+    inner = torch.sigmoid(config.t_mean + config.t_std * normal)
+    stops = torch.cat((torch.zeros(B, 1), inner, torch.ones(B, 1)), dim=1)
+    draws.stops = to_device(stops, device)
+    return draws
 
 
 @torch.no_grad()
@@ -57,9 +55,9 @@ def pd_target(teacher, z, times, w, x_prev, cond=None, cond_mask=None):
     w (B,); x_prev (B, T, C) the guess that teacher and student are fed first; cond, cond_mask:
     clean latents that are held. A step without length has the teacher's last guess as its target.
     """
-    keep = torch.zeros_like(z[..., :1], dtype=torch.bool)
-    keep = keep if cond_mask is None else cond_mask.bool()[..., None]
-    cond = torch.zeros_like(z) if cond is None else cond
+    if cond is None:
+        cond, cond_mask = torch.zeros_like(z), torch.zeros_like(z[..., 0])
+    keep = cond_mask.bool()[..., None]                                              # (B, T, 1)
     t = times[..., None, None]                                                      # (B, k+1, 1, 1)
     z_end = z
     for i in range(times.shape[1] - 1):
@@ -100,5 +98,5 @@ def distill_loss(teacher, steps, net, x0, tokens, loss_mask, cond_mask, draws):
     l2 = (x_hat - target).square().mean(dim=-1)                                     # (n, T)
     losses = torch.cat((l2, cross_entropy(logits, r.tokens[n:])))                   # (B, T)
     rows = (losses * r.mask).sum(dim=1) / r.mask.sum(dim=1).clamp(min=1)            # (B,)
-    parts = dict(l2=rows[:n], ce=rows[n:])
-    return rows.mean(), {name: x.detach().mean() for name, x in parts.items() if len(x)}
+    parts = dict(l2=rows[:n].detach(), ce=rows[n:].detach())
+    return rows.mean(), {name: x.mean() for name, x in parts.items() if len(x)}

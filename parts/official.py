@@ -4,7 +4,6 @@ The official code's layout: names and shapes of its weights, its config.yml, its
 It differs in names, two transposed matrices, and settings to translate; what a config.yml leaves
 out is the default of their class, not what the published models were trained with.
 """
-import math
 import os
 import re
 
@@ -63,14 +62,11 @@ def read_sizes(state, path):
 
 def check_fit(want, state, path):
     """Compare weights with a model's state dict: UserError with all that is missing or wrong."""
-    wrong = [f"missing {name}" for name in want.keys() - state.keys()]
-    wrong += [f"left over {name}" for name in state.keys() - want.keys()]
-    for name in want.keys() & state.keys():
-        is_, expected = tuple(state[name].shape), tuple(want[name].shape)
-        if is_ != expected:
-            wrong.append(f"{name} is {is_}, expected {expected}")
+    expected, found = ({name: tuple(x.shape) for name, x in of.items()} for of in (want, state))
+    wrong = [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
+             for name in sorted(expected | found) if found.get(name) != expected.get(name)]
     if wrong:
-        raise UserError(f"{path} does not fit an ELF of its sizes: {'; '.join(sorted(wrong))}")
+        raise UserError(f"{path} does not fit an ELF of its sizes: {'; '.join(wrong)}")
 
 # -------------------------------------------------------------------------------------------------
 # config.yml, which holds only what its run overrode [configs/config.py]
@@ -96,95 +92,67 @@ def sde(gamma, w):
     return dict(sampler='sde', gamma=gamma, w=w, cfg=1.0, grid='logit_normal')
 
 
-# their samplers by number of steps [configs/sampling_configs]; 8 and 16 are from the paper
+# their samplers by number of steps [configs/sampling_configs], the default first; 8 and 16 of the
+# unconditional ones are from the paper
 UNCONDITIONAL = {32: sde(1.5, 3.0), 64: sde(1.0, 3.0), 8: sde(2.0, 3.0), 16: sde(2.0, 3.0)}
+UNCONDITIONAL_LARGE = {64: sde(1.0, 3.0)} | UNCONDITIONAL      # ELF-M and ELF-L
 CONDITIONAL = {64: dict(sampler='ode', gamma=0.0, w=1.0, cfg=2.0, grid='logit_normal')}
 FEW_STEP = {steps: sde(1.5, 2.5) for steps in (8, 4, 2, 1)} | {16: sde(2.0, 2.0), 32: sde(2.0, 2.0)}
-PUBLISHED_SAMPLERS = {'uncond_sampling_configs.yml': UNCONDITIONAL,
-                      'cond_sampling_configs.yml': CONDITIONAL,
-                      'uncond_fewstep_sampling_configs.yml': FEW_STEP}
-# an entry of sampling_configs: the default of each key, and what we have for their words
+# an entry of sampling_configs: the default of each key
 SAMPLING_DEFAULTS = dict(sampling_method='ode', num_sampling_steps=[50], cfgs=[1], sde_gamma=0.0,
                          self_cond_cfg_scales=[1.0], time_schedule='logit_normal')
-# the last of each is ours
-SAMPLING_CHOICES = dict(sampling_method=('ode', 'sde', 'sde_exact'),
-                        time_schedule=('logit_normal', 'uniform', 'quantile'))
 
 
 def read_config_yml(path, sizes):
     """The official config.yml beside a checkpoint -> settings for an ELFConfig, without sizes."""
     file = os.path.join(os.path.dirname(path), 'config.yml')
-    size = PUBLISHED_SIZES.get((sizes['n_layer'], sizes['n_embd'], sizes['n_head']))
+    unconditional = UNCONDITIONAL if sizes['n_layer'] <= 12 else UNCONDITIONAL_LARGE
     if not os.path.lexists(file):
         print(f"no config.yml beside {path}: taking the published OpenWebText settings")
-        return choose_sampler(UNCONDITIONAL, 64 if size in ('ELF-M', 'ELF-L') else 32)
+        return sampler_settings(unconditional)
     import yaml
     try:
         with open(file, encoding='utf-8') as f:
             official = yaml.safe_load(f) or {}
         official = {k: v for k, v in official.items() if v is not None}
-        settings = {name: to_type(key, official.get(key, default), default)
+        # str: PyYAML reads 5e-2 as text, and float(True) is a number
+        settings = {name: type(default)(str(official.get(key, default)))
                     for key, (name, default) in OFFICIAL_SETTINGS.items()}
-        settings |= read_sampling(official, size or official.get('model', 'ELF-B'))
+        settings |= sampler_settings(read_samplers(official, unconditional))
     except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as e:
         raise UserError(f"{file} is not readable as the official settings: {one_line(e)}") from None
     settings['tokenizer'] = settings['tokenizer'] or settings['encoder']
-    if official.get('model', size) != size:
-        print(f"{file} says {official['model']}, the weights have n_layer={sizes['n_layer']}, "
-              f"n_embd={sizes['n_embd']}; going by the weights")
     return settings
 
 
-def to_type(key, value, default):
-    """The value as the type of default, if that keeps it: PyYAML reads 5e-2 as text. ValueError."""
-    kind = type(default)
-    wrong = isinstance(value, bool) or (kind is str and not isinstance(value, str))
-    if not wrong and kind is not str:
-        value = float(value)
-        wrong = not math.isfinite(value) or (kind is int and value % 1)
-    if wrong:
-        raise ValueError(f"{key}: {value!r} is not of type {kind.__name__}")
-    return kind(value)
-
-
-def read_sampling(official, size):
-    """The samplers that a .yml has and those of the file it names -> settings. ValueError."""
-    entries = official.get('sampling_configs', [])
-    named = os.path.basename(str(official.get('sampling_configs_path', '')))
-    published = PUBLISHED_SAMPLERS.get(named, {})
-    if 'teacher_path' in official or 'pd_step_size' in official:        # progressive distillation
-        published = FEW_STEP
-    elif official.get('max_input_length') and not entries and not named:
-        published = CONDITIONAL
+def read_samplers(official, unconditional):
+    """The samplers by number of steps that a config.yml has, or those of the file it names."""
+    named = os.path.basename(official.get('sampling_configs_path', ''))
+    if 'sampling_configs' not in official:
+        # the first two are settings of progressive distillation
+        if 'teacher_path' in official or 'pd_step_size' in official or 'fewstep' in named:
+            return FEW_STEP
+        if named.startswith('uncond'):
+            return unconditional
+        if named.startswith('cond') or official.get('max_input_length'):
+            return CONDITIONAL
     samplers = {}
-    for entry in entries or ([] if published else [{}]):
+    for entry in official.get('sampling_configs', [{}]):
         entry = SAMPLING_DEFAULTS | entry
-        for key, allowed in SAMPLING_CHOICES.items():
-            if entry[key] not in allowed:
-                raise ValueError(f"{key}: {entry[key]!r} is not known")
         # lists hold values to try; the first one counts
-        sampler = dict(sampler=entry['sampling_method'],
-                       gamma=to_type('sde_gamma', entry['sde_gamma'], 0.0),
-                       w=to_type('self_cond_cfg_scales', entry['self_cond_cfg_scales'][0], 0.0),
-                       cfg=to_type('cfgs', entry['cfgs'][0], 0.0),
+        sampler = dict(sampler=entry['sampling_method'], gamma=float(entry['sde_gamma']),
+                       w=float(entry['self_cond_cfg_scales'][0]), cfg=float(entry['cfgs'][0]),
                        grid=entry['time_schedule'])
         for steps in entry['num_sampling_steps']:
-            samplers.setdefault(to_type('num_sampling_steps', steps, 0), sampler)
-    samplers |= {k: x for k, x in published.items() if k not in samplers}
-    first = next(iter(samplers), 0)         # 0: no entry names a number of steps
-    if published is UNCONDITIONAL and size in ('ELF-M', 'ELF-L'):
-        first = 64
-    elif published is FEW_STEP:
-        first = 8
-    return choose_sampler(samplers, first)
+            samplers.setdefault(int(steps), sampler)
+    return samplers
 
 
-def choose_sampler(samplers, steps):
+def sampler_settings(samplers):
     """
-    Samplers by number of steps -> sampler, steps, gamma, w, cfg, grid of one of them; by_steps:
-    what differs from these at the other numbers.
+    Samplers by number of steps -> sampler, steps, gamma, w, cfg, grid of the first; by_steps: what
+    differs from these at the other numbers.
     """
-    own = samplers[steps]
-    by_steps = {n: {k: x for k, x in other.items() if x != own[k]}
-                for n, other in samplers.items() if n != steps}
-    return dict(own, steps=steps, by_steps=by_steps)
+    steps, *others = samplers
+    by_steps = {n: dict(samplers[n].items() - samplers[steps].items()) for n in others}
+    return dict(samplers[steps], steps=steps, by_steps=by_steps)

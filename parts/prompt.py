@@ -1,5 +1,5 @@
 """
-What is given of a text: the conditions of a model for a task, prompts and holes for any other.
+What is given of a text: the condition of a model for a task, a prompt with holes for any other.
 """
 import re
 
@@ -8,6 +8,8 @@ import torch
 from parts.data import cut_at_eos, read_inputs
 from parts.process import UserError
 
+HOLE = -1       # stands for a token that the model is to write
+
 
 def encode(text, tokenizer):
     """A text -> its ids; '</s>' and '<pad>' spelled out in it are left out, as in training."""
@@ -15,111 +17,91 @@ def encode(text, tokenizer):
     return [i for i in ids if i not in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
 
 
-def unknown_in(text, tokenizer, kind):
+def encode_given(text, tokenizer, c):
     """
-    What of a text the model does not know -> characters, or words, spaced: its tokens do not give
-    them back, or the training texts (kind 'text', or their 'input') had none, where the tokenizer's
-    config lists theirs, as text_characters or input_characters.
+    A condition -> its ids and an EOS, as far as the model reads. A prompt -> its ids, a HOLE for
+    each of three or more underscores in a row.
     """
-    ids, unk = encode(text, tokenizer), tokenizer.unk_token_id
-    back = tokenizer.decode(ids, skip_special_tokens=True) + ' \t\n'
-    trained = tokenizer.init_kwargs.get(f'{kind}_characters', text)
-    found = [token for token in tokenizer.all_special_tokens if token in text]      # spelled out
-    found = found or [ch for ch in dict.fromkeys(text) if ch not in back or ch not in trained]
-    if not found and unk in ids:
-        found = [part for part in re.findall(r'\S+|\s', text) if unk in encode(part, tokenizer)]
-    return ' '.join(found)
+    if c.max_input_length:
+        return (encode(text, tokenizer) + [tokenizer.eos_token_id])[:c.max_input_length]
+    # a space before what is open belongs to the token of the word that comes, in most tokenizers
+    joined = len(encode(' a', tokenizer)) == 1
+    row = []
+    for part in re.split('(___+)', text):
+        if part.startswith('___'):
+            row += [HOLE] * len(part)
+        else:
+            row += encode(part.rstrip(' ') if joined else part, tokenizer)
+    return row
 
 
-def read_given(config, named, source, tokenizer, c):
+def unknown_in(text, tokenizer):
+    """What of a text the tokenizer does not know, or takes for a special token -> spaced."""
+    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = zip(coded['input_ids'], coded['offset_mapping'])
+    return ' '.join(text[a:b] for i, (a, b) in spans if i in tokenizer.all_special_ids)
+
+
+def read_tasks(config, named, source, tokenizer, c):
     """
-    What the settings of sample.py, config, of which those named were set, give of the texts of the
-    model source -> given for known_tokens; a task for each text: a dict with 'input' and perhaps
-    'target', empty without conditions. UserError for what the model does not know.
+    What the settings of sample.py, config, of which those named were set, ask of the model source
+    -> a dict for each text: with conditions 'input', perhaps 'target'. UserError for what it cannot
+    take; what it does not know, or cuts, of conditions is said.
     """
-    names = named & {'input', 'input_file', 'prompt', 'infill'}
-    if len(names) > 1:
-        raise UserError(f"{' and '.join(sorted(names))} exclude each other")
-    if c.max_input_length and not names & {'input', 'input_file'}:
-        raise UserError(f"{source} is a model with conditions; give --input=\"...\" "
-                        "or --input_file=x.jsonl")
+    takes, kind = (set(), {'prompt'}), 'without conditions; it takes --prompt="..."'
+    if c.max_input_length:
+        takes = {'input'}, {'input_file'}
+        kind = 'with conditions; give --input="..." or --input_file=x.jsonl'
+    if named & {'input', 'input_file', 'prompt'} not in takes:
+        raise UserError(f"{source} is a model {kind}")
+    count, file = config['num_samples'], config['input_file']
     if not c.max_input_length:
-        if names & {'input', 'input_file'}:
-            raise UserError(f"{source} is a model without conditions; "
-                            "drop --input and --input_file")
-        known = [read_prompt(config[name], name == 'infill', tokenizer, c) for name in names]
-        return known[0] if known else None, [{}] * config['num_samples']
-    file = config['input_file']
+        check_prompt(config['prompt'], tokenizer, c)
+        return [{}] * count
+
     rows = read_inputs(file) if file else [config]
-    tasks = [{k: row[k] for k in ('input', 'target') if k in row} for row in rows]
-    texts = [task['input'] for task in tasks]
-    if unknown := unknown_in(' '.join(texts), tokenizer, 'input'):
-        says = f"{file or repr(texts[0])} has what this model was not trained on: {unknown}"
-        if not file:
-            raise UserError(says)
-        print(says)
+    texts = [row['input'] for row in rows]
+    unknown = [found for text in texts if (found := unknown_in(text, tokenizer))]
+    if unknown:
+        print(f"{len(unknown)} of {len(texts)} conditions have what the model was not trained on "
+              f"and cannot read, such as {unknown[0]!r}")
     longest = 1 + max(len(encode(text, tokenizer)) for text in texts)
     if longest > c.max_input_length:
-        print(f"the longest condition has {longest} tokens with its EOS; the model reads the first "
-              f"{c.max_input_length}, the rest is cut off")
-    times = config['num_samples'] if 'num_samples' in named else 1
-    return texts * times, tasks * times
+        print(f"the longest condition has {longest} tokens with its EOS, more than the model was "
+              f"trained on; it reads the first {c.max_input_length}")
+    tasks = [{k: row[k] for k in ('input', 'target') if k in row} for row in rows]
+    return [tasks[i % len(tasks)] for i in range(count)] if 'num_samples' in named else tasks
 
 
-def read_prompt(text, holes, tokenizer, c):
-    """
-    What is given of a text -> ids (T,), known (T,) bool: where they count. With holes, each of
-    three or more underscores in a row is a token to fill. UserError if the model cannot take it.
-    """
-    # a space before what is open belongs to the token of the word that comes, in most tokenizers
-    joined = len(encode(' a', tokenizer)) < len(encode(' ', tokenizer) + encode('a', tokenizer))
-    ids, known = [], []
-    for part in re.split('(___+)', text) if holes else [text]:
-        hole = holes and part.startswith('___')
-        part = part.rstrip(' ') if joined else part
-        new = [tokenizer.pad_token_id] * len(part) if hole else encode(part, tokenizer)
-        ids += new
-        known += [not hole] * len(new)
-    written = re.sub('___+', '', text) if holes else text
-    if unknown := unknown_in(written, tokenizer, 'text'):
-        raise UserError(f"{text!r} has what this model was not trained on: {unknown}")
-    if not any(known):
-        raise UserError(f"{text!r} gives no token to start from")
-    if holes and all(known):
-        raise UserError(f"infill={text!r} has no hole; write ___, an underscore for each token")
-    rest = c.max_length - len(ids)
-    if rest < (not holes):
-        raise UserError(f"{text!r} takes {len(ids)} tokens, a text of this model has "
+def check_prompt(text, tokenizer, c):
+    """UserError if the model does not know it, or it leaves nothing to write."""
+    if unknown := unknown_in(re.sub('___+', '', text), tokenizer):
+        raise UserError(f"prompt={text!r} has what the model was not trained on: {unknown!r}")
+    row = encode_given(text, tokenizer, c)
+    if len(row) > c.max_length - (HOLE not in row):
+        raise UserError(f"prompt={text!r} takes {len(row)} tokens, a text of this model has "
                         f"{c.max_length}, and some must be left to write; shorten it")
-    ids += [tokenizer.pad_token_id] * rest
-    return torch.tensor(ids), torch.tensor(known + [False] * rest)
 
 
-def known_tokens(given, numbers, tokenizer, c):
-    """
-    What is known of the texts with these numbers -> ids, known, both (B, T). given: None, or with
-    conditions these, as texts by number, or else what read_prompt gives.
-    """
-    if given is None:
-        nothing = torch.zeros(len(numbers), c.max_length, dtype=torch.long)
-        return nothing, nothing.bool()
-    if not c.max_input_length:
-        return [x.expand(len(numbers), -1) for x in given]
-    rows = [encode(given[i], tokenizer) + [tokenizer.eos_token_id] for i in numbers]
-    rows = [row[:c.max_input_length] for row in rows]
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (c.max_length - len(row)) for row in rows])
-    return ids, torch.arange(c.max_length) < torch.tensor([[len(row)] for row in rows])
+def known_tokens(rows, c):
+    """Rows of encode_given -> ids, and where they are known, both (B, T)."""
+    ids = torch.tensor([row + [HOLE] * (c.max_length - len(row)) for row in rows])
+    return ids.clamp(min=0), ids != HOLE
 
 
-def text_ids(row, ids, known, tokenizer, c):
+def texts_in(given, ids, p, tokenizer, c):
     """
-    A decoded row (T,) and what was known of it -> list of the ids of its text, where they start:
-    cut at the first EOS, without its condition; with a prompt its tokens as given, cut after them.
+    Decoded ids (B, T) and how likely they are -> lists of these for each text, up to its EOS.
+    given: rows of encode_given: a condition is left out, a prompt comes out as it is.
     """
-    start = given = 0
-    if c.max_input_length:
-        start = int(known.sum())
-    elif known.any():
-        row, given = torch.where(known, ids, row), int(known.nonzero().max()) + 1
-    row = row[start:start + c.max_length - c.max_input_length].tolist()
-    return row[:given] + cut_at_eos(row[given:], tokenizer.eos_token_id), start
+    texts = []
+    for row, ids, p in zip(given, ids.tolist(), p.tolist()):
+        for i in range(len(row)):
+            if row[i] != HOLE:
+                ids[i], p[i] = row[i], 1.0
+        first = len(row) if c.max_input_length else 0
+        last = first + c.max_length - c.max_input_length
+        said = cut_at_eos(ids[len(row):last], tokenizer.eos_token_id)
+        last = len(row) + len(said)
+        texts.append((ids[first:last], p[first:last]))
+    return texts

@@ -32,13 +32,6 @@ def docstrings():
                     yield ast.get_docstring(node) or ''
 
 
-def is_prose(paragraph):
-    """No code, grammar, table or heading."""
-    letters = sum(ch.isalpha() or ch in ' ,.' for ch in paragraph)
-    whole = len(paragraph) > 60 and paragraph[-1] in '.:;'
-    return whole and letters > 0.92 * len(paragraph) and '::=' not in paragraph
-
-
 def pydocs():
     """
     The prose that every Python carries, of its language reference (pydoc_data.topics) and of its
@@ -49,7 +42,10 @@ def pydocs():
     for text in chain((topics[topic] for topic in sorted(topics)), docstrings()):
         for paragraph in text.split('\n\n'):
             flat = re.sub(r'[*"`]+', '', ' '.join(paragraph.split()))
-            if is_prose(flat):
+            letters = sum(ch.isalpha() or ch in ' ,.' for ch in flat)
+            # no code, table or heading, nor grammar
+            prose = len(flat) > 60 and flat[-1] in '.:;' and '::=' not in flat
+            if prose and letters > 0.92 * len(flat):
                 paragraphs[flat] = True
     return [dict(text=line) for line in '\n\n'.join(paragraphs).splitlines(keepends=True)]
 
@@ -61,33 +57,29 @@ TENS = 'twenty thirty forty fifty sixty seventy eighty ninety'.split()
 
 def in_words(n):
     """A number from 0 to 999,999 in English: 4071 -> 'four thousand seventy-one'."""
-    if n >= 1000:
-        head, rest = in_words(n // 1000) + ' thousand', n % 1000
-    elif n >= 100:
-        head, rest = BELOW_20[n // 100] + ' hundred', n % 100
-    elif n >= 20:
-        return TENS[n // 10 - 2] + (f'-{BELOW_20[n % 10]}' if n % 10 else '')
-    else:
+    for size, word in ((1000, 'thousand'), (100, 'hundred')):
+        if n >= size:
+            rest = f' {in_words(n % size)}' if n % size else ''
+            return f'{in_words(n // size)} {word}{rest}'
+    if n < 20:
         return BELOW_20[n]
-    return f'{head} {in_words(rest)}' if rest else head
+    return TENS[n // 10 - 2] + (f'-{BELOW_20[n % 10]}' if n % 10 else '')
 
 
 def numbers(back=False):
     """
     Rows of a number below a million in digits and in words, or back: 100 to train on, then one that
-    is held out, a thousand times. Half of the former have a random count of digits, so that short
-    numbers are known, too, but for some of them.
+    is held out, a thousand times. How many digits a row has is the larger of two dice, so that
+    short numbers are known, too.
     """
     rng = random.Random(0)
     examples = [6, 42, 305, 4071, 58_213, 70_006, 311_840, 900_017]
     held_out = examples + rng.sample(range(1_000_000), 992)
     unseen = set(held_out)
-    for k in (1, 10, 100, 1000, 10_000):
-        unseen.update(rng.sample(range(k, 10 * k), min(k, 100)))
     for last in held_out:
         drawn = []
         while len(drawn) < 100:
-            digits = rng.randint(1, 6) if len(drawn) % 2 else 6
+            digits = max(rng.randint(1, 6), rng.randint(1, 6))
             drawn += {rng.randrange(10 ** digits)} - unseen
         for n in (*drawn, last):
             texts = (in_words(n), str(n)) if back else (str(n), in_words(n))
@@ -113,14 +105,11 @@ def train_tokenizer(texts, level, size):
                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
         tok.train_from_iterator(texts, trainer)
     else:
-        pattern = r'(?s).' if level == 'chars' else r'(?s)[ -]?[^\W\d_]+|.'
-        symbols = set()
-        for text in texts:
-            symbols.update(text if level == 'chars' else re.findall(pattern, text))
+        pattern = r'[\s\S]' if level == 'chars' else r'[ -]?[^\W\d_]+|[\s\S]'
+        symbols = {symbol for text in texts for symbol in re.findall(pattern, text)}
         ids = {symbol: i for i, symbol in enumerate(special + sorted(symbols))}
         tok = Tokenizer(models.WordLevel(ids, unk_token='<unk>'))
-        pattern = '' if level == 'chars' else Regex(pattern.removeprefix('(?s)'))
-        tok.pre_tokenizer = pre_tokenizers.Split(pattern, 'isolated')
+        tok.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), 'isolated')
         tok.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', eos_token='</s>',
                                    unk_token='<unk>', clean_up_tokenization_spaces=False)
@@ -136,20 +125,19 @@ def neighbour_vectors(meta, dim, seed):
     left out. Mean square norm 1; rare tokens are short.
     """
     V = meta['vocab_size']
-    ids = open_split(meta, 'train')[0][:2_000_000].astype(np.int64)
-    # a token and a neighbour as one number; neighbours on the right count from V on
-    before, after = ids[1:] * 2 * V + ids[:-1], ids[:-1] * 2 * V + V + ids[1:]
-    pairs, counts = np.unique(np.concatenate((before, after)), return_counts=True)
-    at = np.stack(np.divmod(pairs, 2 * V))
-    tokens = np.bincount(at[0], counts, V)
-    # the power keeps rare neighbours from ruling
-    neighbours = np.bincount(at[1], counts, 2 * V) ** 0.75
-    chance = tokens[at[0]] * neighbours[at[1]] / neighbours.sum()
-    surprise = np.log(counts / chance).clip(0).astype(np.float32)
-    surprise = torch.sparse_coo_tensor(at, surprise, (V, 2 * V), check_invariants=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)         # the method starts from random directions
-        u, s, _ = torch.svd_lowrank(surprise, q=min(dim + 1, V), niter=4)
+    ids = torch.from_numpy(open_split(meta, 'train')[0][:2_000_000].astype(np.int64))
+    with torch.sparse.check_sparse_tensor_invariants():
+        ones = torch.ones(len(ids) - 1, dtype=torch.float64)
+        after = torch.sparse_coo_tensor(torch.stack((ids[:-1], ids[1:])), ones, (V, V))
+        pairs = torch.cat((after.T, after), dim=1).coalesce()
+        at, counts = pairs.indices(), pairs.values()        # (2, pairs), (pairs,)
+        # the power keeps rare neighbours from ruling
+        tokens, neighbours = at[0].bincount(counts), at[1].bincount(counts) ** 0.75
+        chance = tokens[at[0]] * neighbours[at[1]] / neighbours.sum()
+        surprise = (counts / chance).log().clamp(0).float()
+        surprise = torch.sparse_coo_tensor(at, surprise, pairs.shape)
+    torch.manual_seed(seed)         # the method starts from random directions
+    u, s, _ = torch.svd_lowrank(surprise, q=min(dim + 1, V), niter=4)
     vectors = F.pad(u[:, 1:] * s[1:].sqrt(), (0, dim + 1 - len(s)))
     return vectors / vectors.square().sum(-1).mean().sqrt()
 
@@ -162,12 +150,10 @@ def save_encoder(path, meta, dim, layers, seed):
     from transformers import T5Config, T5EncoderModel
     from transformers.utils import logging
     logging.disable_progress_bar()
-    heads = 4 if dim % 4 == 0 else 1
-    config = T5Config(vocab_size=meta['vocab_size'], d_model=dim, d_kv=dim // heads, d_ff=2 * dim,
-                      num_layers=layers, num_heads=heads)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = T5EncoderModel(config)
+    config = T5Config(vocab_size=meta['vocab_size'], d_model=dim, d_kv=max(1, dim // 4),
+                      d_ff=2 * dim, num_layers=layers, num_heads=4)
+    torch.manual_seed(seed)
+    model = T5EncoderModel(config)
     table = model.get_input_embeddings().weight.data        # unit normal
     table.mul_(0.4).add_(neighbour_vectors(meta, dim, seed), alpha=dim ** 0.5)
     model.save_pretrained(path)

@@ -22,6 +22,7 @@ from parts.device import pack_linears  # noqa: E402
 from parts.metrics import ngram_p, train_ngram  # noqa: E402
 from model import ELF, TextEncoder  # noqa: E402
 from parts.page import token_texts  # noqa: E402
+from parts.prompt import HOLE  # noqa: E402
 
 
 def rows_of(meta, which, n):
@@ -69,14 +70,14 @@ def main(source, data_dir, dataset, n):
         sums = {}
         for i, ids in enumerate(rows):
             start, end = [round(x * len(ids)) for x in part]
-            known = torch.arange(c.max_length) < len(ids)
-            known[start:end] = False
-            row = torch.tensor(ids + [tokenizer.pad_token_id] * (c.max_length - len(ids)))
+            row = ids[:start] + [HOLE] * (end - start) + ids[end:]
             filled = dict(real=ids, pasted=ids[:start] + free[i]['ids'][start:end] + ids[end:])
             for kind, generate in (('held', held), ('clean', clean)):
                 sample.generate = generate
+                # what is given are ids, not a text
+                sample.encode_given = lambda given, tokenizer, c: given
                 text, = sample.sample_texts(model, tokenizer, [i], 1, 0, device, sampling,
-                                            (row, known), encoder)
+                                            {i: row}, encoder)
                 filled[kind] = text['ids']
             for kind, ids_of in filled.items():
                 by_chars = nats_at(token_texts(ids_of, tokenizer), start, end, of_chars)

@@ -137,7 +137,8 @@ def test_what_was_given_is_told_even_where_it_is_the_default(script):
     (['config/c.py'], 'batch_size: 32', ['config/c.py sets no setting']),
     (['config/c.py'], '{"batch_size": 32}', ['config/c.py sets no setting']),
     (['config/c.py'], 'class Config:\n    batch_size = 32', ['config/c.py sets no setting']),
-    (['config.yml'], '', ['config.yml: a config file is Python', 'beside weights']),
+    (['config.yml'], '', ['config.yml sets no setting; a config file is Python']),
+    (['config/c.py'], 'max_length: 1024\nencoder: t5-small', ['does not run; a config file is']),
     # no settings: names of Python, imports, functions, lists, what main assigns
     *[([f'--{name}=1'], '', [f"unknown setting '{name}'"]) for name in (
         '__name__', '__file__', '_hidden', 'math', 'configure', 'helper', 'local', 'sizes',
@@ -221,7 +222,7 @@ def test_nanogpt_names_get_the_right_hint(monkeypatch):
             configure(vars(train).copy(), [f'--{name}=1'])
 
 
-PRINTS = '''
+PRINTS = '''"""A script."""
 import os, sys
 sys.path.insert(0, ROOT)
 from configurator import configure

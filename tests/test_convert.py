@@ -108,25 +108,34 @@ def test_msgpack(pair, tmp_path, capsys):
     assert ELF.from_pretrained(str(dst)).config.latent_std == 0.5
     with pytest.raises(UserError, match='exists already'):
         convert.main(source, str(dst))
+    assert sorted(os.listdir(dst)) == files
     only = pack(tmp_path / 'checkpoint_13', params=flax(pair[0]))
-    convert.main(only, str(dst))
-    assert same(dst / 'checkpoint_13', pair[0], pair[0])
-    assert 'no ema_params1' in capsys.readouterr().out
+    convert.main(only, str(tmp_path / 'only'))
+    assert same(tmp_path / 'only' / 'checkpoint_13', pair[0], pair[0])
+    assert 'taking them for both' in capsys.readouterr().out
+
+
+def test_bfloat16_and_numbers_in_msgpack(pair, tmp_path):
+    import ml_dtypes
+    tree = flax(pair[0])
+    tree['proj_bias'] = tree['proj_bias'].astype(ml_dtypes.bfloat16)
+    source = pack(tmp_path / 'x', params=tree, step=np.array(12))
+    convert.main(source, str(tmp_path / 'dst'))
+    want = pair[0] | dict(proj_bias=pair[0]['proj_bias'].bfloat16().float())
+    assert same(tmp_path / 'dst' / 'checkpoint_12', want, want)
 
 
 def test_a_damaged_orbax_folder(tmp_path):
     source = os.path.join(GOLDEN, 'jax_ckpt', 'checkpoint_3')
-    for how in ('cut', 'gone', 'link'):
+    for how in ('cut', 'gone'):
         copy = tmp_path / how / 'checkpoint_3'
         shutil.copytree(source, copy)
         for file in [f for f in copy.rglob('d/*') if f.is_file()]:
             if how == 'cut':
                 file.write_bytes(file.read_bytes()[:50])
-                continue
-            file.unlink()
-            if how == 'link':
-                file.symlink_to(os.path.join(source, os.path.relpath(file, copy)))
-        with pytest.raises(UserError, match='outside' if how == 'link' else 'Orbax') as e:
+            else:
+                file.unlink()
+        with pytest.raises(UserError, match='no readable checkpoint') as e:
             convert.main(str(copy), str(tmp_path / 'dst'))
         assert '\n' not in str(e.value) and not (tmp_path / 'dst').exists()
 
@@ -185,8 +194,7 @@ def test_lightning_of_other_sizes(sizes, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('step, want', [
-    ({}, 7), (dict(_my_opt_step=None), 7), (dict(_my_opt_step=None, optimizer_states=[{}]), 14),
-    (dict(_my_opt_step=None, global_step=None), 0)])
+    ({}, 7), (dict(_my_opt_step=None), 14), (dict(_my_opt_step=None, global_step=None), 0)])
 def test_steps_of_lightning(pair, step, want, tmp_path):
     lightning(tmp_path / 'last.ckpt', *pair, 7, **step)
     assert f'checkpoint_{want}' in convert_all(tmp_path, tmp_path / 'a')
@@ -253,10 +261,10 @@ def test_an_export_is_whole(bins, tmp_path, run):
     run('sample.py', f'--init_from={tmp_path}/moved', '--prompt=ab', '--num_samples=2', '--steps=2',
         '--device=cpu', f'--out_dir={tmp_path}/out')
     assert len((tmp_path / 'out' / 'samples.jsonl').read_text().splitlines()) == 2
-    # another model's tokenizer is not mixed with this one's
+    # two models are never mixed in one folder
     (tmp_path / 'c').mkdir()
     shutil.copytree(bins / 'tiny' / 'encoder', tmp_path / 'c' / 'tokenizer')
-    with pytest.raises(UserError, match='c/tokenizer is another tokenizer'):
+    with pytest.raises(UserError, match='/c exists already'):
         convert.main(str(tmp_path / 'moved'), str(tmp_path / 'c'))
     assert os.listdir(tmp_path / 'c') == ['tokenizer']
 
@@ -291,11 +299,6 @@ class Evil:
         return os.mkdir, ('evil',)
 
 
-def orbax(folder, text):
-    folder.mkdir()
-    (folder / '_METADATA').write_text(text)
-
-
 def test_what_is_refused(pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = pack(tmp_path / 'checkpoint_1', params=flax(pair[0]), ema_params1=flax(pair[1]))
@@ -311,17 +314,16 @@ def test_what_is_refused(pair, tmp_path, monkeypatch):
     short = dict(pair[1])
     short.pop('blocks.1.norm2.weight')
     for name, ema, says in (
-            ('short', short, r'missing blocks\.1\.norm2\.weight'),
-            ('extra', pair[1] | {'blocks.0.more': torch.ones(2)}, r'left over blocks\.0\.more'),
+            ('short', short, r'blocks\.1\.norm2\.weight is missing'),
+            ('extra', pair[1] | {'blocks.0.more': torch.ones(2)}, r'blocks\.0\.more is'),
             ('shape', pair[1] | {'proj_bias': torch.ones(9)}, 'proj.bias is')):
         pack(tmp_path / name, params=flax(pair[0]), ema_params1=flax(ema))
         torch.save(dict(params=pair[0], ema_params1=ema), name + '.pt')
         torch.save(dict(params=ema, ema_params1=pair[0]), name + '_params.pt')
         cases |= {name: says, name + '.pt': f'^{name}.pt .*{says}', name + '_params.pt': says}
-    orbax(tmp_path / 'broken', '{"tree_')
-    orbax(tmp_path / 'outside',
-          '{"tree_metadata": {"a": {"key_metadata": [{"key": "params"}, {"key": "../../x"}]}}}')
-    cases |= dict(broken='Orbax', outside='no name of an array')
+    (tmp_path / 'broken').mkdir()
+    (tmp_path / 'broken' / '_METADATA').write_text('{"tree_')
+    cases['broken'] = 'no readable checkpoint'
     for name, says in cases.items():
         with pytest.raises(UserError, match=says) as e:
             convert.main(name, 'dst')

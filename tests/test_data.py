@@ -64,12 +64,8 @@ def test_a_swap_that_was_cut_short_is_finished(tiny_set):
 
 
 @pytest.mark.parametrize('changes, says', [
-    (dict(dtype='int8'), 'dtype'), (dict(pad_id=30), 'pad_id 30'), (dict(eos_id=-1), 'eos_id -1'),
-    (dict(latent_dim=0), 'latent_dim'), (dict(max_length=0), 'max_length'),
-    (dict(latent_std=0), 'std 0'), (dict(latent_std=float('nan')), 'std nan'),
-    (dict(latent_mean=float('inf')), 'mean inf'), (dict(rows=3), 'damaged'),
-    (dict(vocab_size=None), 'damaged'), (dict(dtype='uint32'), 'speaks of 1248 uint32 tokens'),
-    (dict(rows=dict(train=95, val=24)), 'speaks of 95 rows')])
+    (dict(dtype='int8'), 'damaged'), (dict(dtype='uint32'), 'train has 624 tokens'),
+    (dict(rows=3), 'damaged'), (dict(rows=dict(train=95, val=24)), 'in 96 rows, not what meta')])
 def test_metadata_that_cannot_be(tiny_set, changes, says):
     change_meta(tiny_set, **changes)
     refused(tiny_set, says)
@@ -110,7 +106,7 @@ def test_rows_without_eos_are_refused(tmp_path):
     good, bad = [([5, 1], [6, 1]), ([], [7, 1])], [([5], [6, 1]), ([], [7, 1, 0])]
     assert write_split(str(tmp_path), 'val', good * 600, np.uint16, 9, eos=1)[0] == 1200
     for n, row in enumerate(bad):
-        with pytest.raises(UserError, match=f'row {1200 + n} of val .* end in EOS, 1; take'):
+        with pytest.raises(UserError, match=f'row {1200 + n} of val .* end in EOS, 1: take'):
             write_split(str(tmp_path), 'val', good * 600 + good[:n] + [row], np.uint16, 9, eos=1)
 
 

@@ -10,7 +10,7 @@ from test_model import batch, golden, official, rel, small  # noqa: F401, offici
 
 from configurator import UserError
 from model import ELF
-from parts.distill import StudentDraws, distill_loss, draw_student, pd_target
+from parts.distill import distill_loss, draw_student, pd_target
 from sample import resolve_sampling
 
 
@@ -48,8 +48,8 @@ def losses(**flags):
     student, teacher = small(0), small(1)
     x0, tokens, mask, cond, d = batch(student, **flags)
     generator = torch.Generator().manual_seed(2)
-    stops = draw_student(3, student.config, len(x0), 2, generator, 'cpu').stops
-    return student, teacher, (x0, tokens, mask, cond, StudentDraws(**vars(d), stops=stops))
+    d.stops = draw_student(3, student.config, len(x0), 2, generator, 'cpu').stops
+    return student, teacher, (x0, tokens, mask, cond, d)
 
 
 def test_a_row_is_compared_with_what_the_teacher_reaches():

@@ -9,7 +9,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import asdict
@@ -27,7 +26,7 @@ from configurator import UserError
 from model import ELF, ELFConfig
 from parts import page
 from parts.data import printable
-from parts.page import (is_right, lay_out, make_frame, moments, styled, token_texts, write_page,
+from parts.page import (lay_out, make_frame, moments, styled, token_texts, write_page,
                         write_svg)
 
 T5 = os.path.join(os.path.dirname(ROOT), 'shared', 'data', 't5_tokenizer')
@@ -143,7 +142,6 @@ def test_the_condition_stands_before_its_text_and_a_tick_behind_what_is_right():
     assert styled(text) == [('42 → ', 'given'), ('forty ', 'q3'), ('two', 'q3'), (' ✓', 'right')]
     text, = frames_of('forty three', input='x' * 41, target='forty two')[0]['texts']
     assert styled(text)[0] == ('x' * 39 + '… → ', 'given') and styled(text)[-1] == ('three', 'q3')
-    assert is_right(' forty  two\n', 'forty two') and is_right('42', 42)
 
 # --------------------------------------------------------------------------------------------------
 # in a terminal
@@ -181,7 +179,8 @@ class Screen:
 
 
 def test_the_terminal_is_redrawn_in_place(sampled, monkeypatch):
-    monkeypatch.setattr(page, 'can_redraw', lambda: True)
+    terminal = SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(page, 'sys', terminal)
     monkeypatch.setattr(shutil, 'get_terminal_size', lambda: (2000, 400))
     texts, screen = sampled('--trace=9'), Screen()
     screen.feed(sampled.out)
@@ -205,14 +204,8 @@ def test_a_screen_smaller_than_the_texts(monkeypatch):
     assert page.screen(frame, 9)[1] == '  3 → a \x1b[90mb\x1b[0m'
 
 
-def test_plain_lines_where_there_is_no_terminal(sampled, monkeypatch):
-    out = sampled('--trace=5') and sampled.out
-    assert out.count('  t=') == 5 and '\x1b' not in out and not page.can_redraw()
-    monkeypatch.setattr(sys, 'stdout', SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setenv('TERM', 'xterm')
-    assert page.can_redraw()
-    monkeypatch.setenv('TERM', 'dumb')
-    assert not page.can_redraw()
+def test_plain_lines_where_there_is_no_terminal(sampled):
+    assert sampled('--trace=5') and sampled.out.count('  t=') == 5 and '\x1b' not in sampled.out
 
 # --------------------------------------------------------------------------------------------------
 # the page
@@ -364,7 +357,7 @@ def test_the_svg_holds_the_text_and_nothing_else(sampled, tmp_path):
     kinds = {element.tag.removeprefix(space) for element in root.iter()}
     assert kinds == {'svg', 'title', 'style', 'rect', 'g', 'text', 'tspan'}
     groups = root.findall(space + 'g')
-    assert len(groups) == 24 and [g.get('class') for g in groups] == ['one'] * 23 + ['last']
+    assert len(groups) == 24
     first, last = [''.join(g.itertext()) for g in (groups[0], groups[-1])]
     assert last.startswith('t = 1.00' + printable(texts[0])) and not first.startswith('t = 1')
     delays = [float(re.search(r'-[\d.]+', g.get('style'))[0]) for g in groups]
@@ -374,7 +367,7 @@ def test_the_svg_holds_the_text_and_nothing_else(sampled, tmp_path):
 @pytest.mark.parametrize('name', ['html', 'svg'])
 def test_files_that_cannot_be_written(name, sampled, tmp_path):
     (tmp_path / 'a').write_text('')
-    for file, says in ((tmp_path / 'a' / 'b', 'cannot be written'), (tmp_path, 'is a folder')):
-        with pytest.raises(UserError, match=f'{name}=.*{says}'):
+    for file in (tmp_path / 'a' / 'b', tmp_path):
+        with pytest.raises(UserError, match=f'{name}=.* cannot be written'):
             sampled(f'--{name}={file}')
     assert not (tmp_path / 'samples.jsonl').exists()

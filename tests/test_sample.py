@@ -19,9 +19,8 @@ from test_model import golden, official, small  # noqa: F401, official is a fixt
 from configurator import UserError
 from model import ELF, ELFConfig
 from parts.device import pack_linears, pick_device
-from parts.prompt import known_tokens
-from sample import (decode_ids, generate, read_texts, resolve_sampling, sample_texts,
-                    time_grid)
+from parts.prompt import texts_in
+from sample import decode, decode_ids, generate, resolve_sampling, sample_texts, time_grid
 
 CPU = torch.device('cpu')
 
@@ -130,7 +129,8 @@ def test_grids():
 
 
 def test_what_is_given_wins_over_what_the_checkpoint_has():
-    c = ELFConfig(by_steps={8: dict(gamma=2.0), 64: dict(sampler='ode', gamma=0.0)})
+    by_steps = {8: dict(gamma=2.0), 64: dict(sampler='ode', gamma=0.0)}
+    c = ELFConfig(by_steps=by_steps, max_input_length=4)
     own = dict(steps=32, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, grid='logit_normal')
     assert resolve_sampling(c) == own
     assert resolve_sampling(c, steps=8) == own | dict(steps=8, gamma=2.0)
@@ -141,6 +141,9 @@ def test_what_is_given_wins_over_what_the_checkpoint_has():
     assert resolve_sampling(c, 64, 'sde', cfg=2.0) == own | dict(steps=64, gamma=0.0, cfg=2.0)
     given = dict(steps=64, sampler='sde', gamma=0.0, w=0.0, cfg=0.0, grid='uniform')
     assert resolve_sampling(c, **given) == given
+    with pytest.raises(UserError, match='cfg=2: this is a model without conditions; drop it'):
+        resolve_sampling(ELFConfig(), cfg=2)
+    assert resolve_sampling(ELFConfig(), cfg=1)['cfg'] == 1
 
 
 @pytest.mark.parametrize('given, gamma', [({}, 1.5), (dict(steps=8), 1.5), (dict(steps=16), 2.0),
@@ -214,7 +217,8 @@ def test_auto_packs_what_it_says(fast, monkeypatch):
 
 @pytest.mark.parametrize('device, dtype, says', [
     ('tpu', 'auto', "device='tpu' is not available here; this machine has .*cpu"),
-    ('cpu:x', 'auto', "device='cpu:x' is not a device here"), ('cpu', 'fp8', "dtype='fp8' is not")])
+    ('cpu:x', 'auto', "device='cpu:x' is not available here"),
+    ('cpu', 'fp8', "dtype='fp8' is not one of auto, float32, bfloat16")])
 def test_devices_that_are_not_there(device, dtype, says):
     with pytest.raises(UserError, match=says):
         pick_device(device, dtype)
@@ -263,10 +267,9 @@ def test_a_condition_is_coded_cut_kept_and_left_out_of_the_text():
         seen.extend(args)
         return torch.full((2, 8, 2), 7.0)
 
-    def watch(numbers, i, t, z):
+    def watch(numbers, rows, i, t, z):
         assert numbers == [0, 1] and t.tolist() == pytest.approx([i / 3] * 2)
-        known = known_tokens(given, numbers, tokenizer, model.config)
-        watched.append(read_texts(model, tokenizer, z, 3.0, *known))
+        watched.append(texts_in(rows, *decode(model, z, 3.0), tokenizer, model.config))
 
     sampling = dict(steps=3, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, grid='uniform')
     given, tokenizer = ['d', 'defg'], Tokenizer()
