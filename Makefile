@@ -19,9 +19,8 @@ demo: .venv/ready
 	.venv/bin/python train.py config/numbers.py --init_from=auto $(DEMO)
 	.venv/bin/python eval.py --out_dir=out/numbers --dataset=numbers --num_samples=$(ASKED) \
 		--batch_size=100 --eval_iters=5
-	head -n 8 data/numbers/val.jsonl > out/numbers/eight.jsonl
-	.venv/bin/python sample.py --out_dir=out/numbers --input_file=out/numbers/eight.jsonl \
-		--html=out/numbers/page.html
+	.venv/bin/python sample.py --out_dir=out/numbers --input_file=data/numbers/val.jsonl \
+		--num_samples=8 --html=out/numbers/page.html
 	@echo
 	@echo "look:    out/numbers/page.html in a browser: the answers come out of the noise"
 	@echo "ask:     .venv/bin/python sample.py --out_dir=out/numbers --input=4071 --trace=8"

@@ -4,6 +4,7 @@ causal LM as the paper's. Nothing of ELF in it. ids: the tokens of a text, a lis
 """
 import math
 import os
+import statistics
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -100,6 +101,18 @@ def rouge(hyps, refs):
 def exact_match(hyps, refs):
     """Share of texts that equal their target, white space at the ends aside."""
     return mean([hyp.strip() == ref.strip() for hyp, ref in zip(hyps, refs, strict=True)])
+
+
+def errors(hyps, refs):
+    """
+    How texts miss their targets, by words -> 'length': share of those that miss which have another
+    number of words; 'first_wrong': the median place, from 1, of their first wrong word.
+    """
+    pairs = [(hyp.split(), ref.split()) for hyp, ref in zip(hyps, refs)]
+    wrong = [(hyp, ref) for hyp, ref in pairs if hyp != ref]
+    places = [1 + len(os.path.commonprefix(pair)) for pair in wrong]
+    return dict(length=mean([len(hyp) != len(ref) for hyp, ref in wrong]),
+                first_wrong=statistics.median(places) if places else math.nan)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -252,7 +265,7 @@ def measure(rows, limit, judges):
     if targets := find_targets(rows):
         exact = exact_match(texts, targets)
         error = math.sqrt(exact * (1 - exact) / len(rows))
-        return out | rouge(texts, targets) | dict(
+        return out | rouge(texts, targets) | errors(texts, targets) | dict(
             bleu=bleu(texts, targets), exact=exact, exact_stderr=error)
     return out | dict(entropy_own=mean([*map(entropy, full)]), distinct_4=distinct(ids, limit))
 
@@ -261,7 +274,7 @@ COLUMNS = dict(
     nats_per_char='nats/char', nats_per_token='/token', gen_ppl='ppl', entropy='entropy',
     distinct_4_judge='dist-4', entropy_own='own ent', distinct_4='own d-4', repetition='repeat',
     bleu='BLEU', rouge1='R-1', rouge2='R-2', rougeL='R-L', exact='exact', exact_stderr='+-',
-    empty='empty', seconds='seconds')
+    length='length', first_wrong='at', empty='empty', seconds='seconds')
 LEGEND = dict(
     nats_per_char="nats: of each by a 5-gram of characters, a 3-gram of tokens",
     entropy="entropy, dist-4: of the judge's tokens (GPT-2's); nats, share of different 4-grams",
@@ -269,7 +282,8 @@ LEGEND = dict(
     repetition="repeat: share of the 5-grams that their text holds three times or more",
     bleu="BLEU, R: of scripts other than a to z by words, or by characters where no spaces are",
     rouge2="R-2: of pairs of words, 0 for texts of one word",
-    exact="exact, +-: share of texts equal to their target, its standard error")
+    exact="exact, +-: share of texts equal to their target, its standard error",
+    length="length, at: of the others, share of another number of words; median first wrong word")
 
 
 def print_table(results):

@@ -69,8 +69,8 @@ def in_words(n):
 def numbers(back=False):
     """
     Rows of a number below a million in digits and in words, or back: 100 to train on, then one that
-    is held out, a thousand times. How many digits a row has is the larger of two dice, so that
-    short numbers are known, too.
+    is held out, a thousand times. The former have as many digits as the largest of three dice, so
+    that short numbers are known, too.
     """
     rng = random.Random(0)
     examples = [6, 42, 305, 4071, 58_213, 70_006, 311_840, 900_017]
@@ -79,7 +79,7 @@ def numbers(back=False):
     for last in held_out:
         drawn = []
         while len(drawn) < 100:
-            digits = max(rng.randint(1, 6), rng.randint(1, 6))
+            digits = max(rng.randint(1, 6) for _ in range(3))
             drawn += {rng.randrange(10 ** digits)} - unseen
         for n in (*drawn, last):
             texts = (in_words(n), str(n)) if back else (str(n), in_words(n))

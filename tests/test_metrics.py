@@ -128,13 +128,16 @@ def test_exact():
     rows = [dict(generated=h, target=r, ids=h.split()) for h, r in zip(hyps, refs)]
     got = measure(rows, 99, [])
     assert got['exact'] == 0.5 and got['exact_stderr'] == pytest.approx(math.sqrt(0.25 / 6))
+    # three miss: "four two" at word 2, "four two three" at 3 and longer, "one" at 2 and shorter
+    assert (got['length'], got['first_wrong']) == (pytest.approx(2 / 3), 2)
     assert measure(rows[:1], 99, [])['exact_stderr'] == 0
     # no pairs of words: nothing for ROUGE-2 to count, as the legend says
     assert rouge(['seven'], ['seven']) == dict(rouge1=100, rouge2=0, rougeL=100)
 
 
 def test_table_leaves_empty_columns_out_and_fits_a_terminal(capsys):
-    paired = ('bleu', 'rouge1', 'rouge2', 'rougeL', 'exact', 'exact_stderr')
+    paired = ('bleu', 'rouge1', 'rouge2', 'rougeL', 'exact', 'exact_stderr', 'length',
+              'first_wrong')
     others = ('gen_ppl', 'entropy', 'distinct_4_judge', 'seconds')
     row = {key: 0.5 for key in COLUMNS if key not in paired + others}
     print_table({'samples': row, 'real': {'empty': 0}})
