@@ -144,9 +144,9 @@ def find_files(source, revision):
         return files | dict(train=[source])
     folder = source if os.path.exists(source) else fetch(source, revision)
     card = read_card(source, folder)
-    found = {path: split for split, pattern in card or [('', os.path.join(subset, '**'))]
+    found = {path: split for split, pattern in card or [('', os.path.join(subset, '**/*'))]
              for path in glob.glob(f'{glob.escape(folder)}/{pattern}', recursive=True)}
-    if not found:
+    if subset and not found:
         raise UserError(f"{source} has no {subset!r}; it has {shortened(os.listdir(folder))}")
     for path, split in sorted(found.items()):       # nothing hidden
         if not os.access(path, os.R_OK):
