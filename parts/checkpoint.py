@@ -222,7 +222,7 @@ def begin_run(out_dir, resumed, config, c):
         return None, lambda **numbers: None, None
     if config['wandb_log']:
         try:
-            import wandb
+            from wandb import init      # not the folder that its runs leave behind
         except ImportError:
             raise UserError("wandb_log=True, but wandb is not installed; pip install wandb, "
                             "or drop it") from None
@@ -236,12 +236,12 @@ def begin_run(out_dir, resumed, config, c):
     metrics = open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8', buffering=1)
     metrics.write('\n' if resumed else '')      # ends a line that a kill may have cut
     if config['wandb_log']:
-        wandb.init(project=config['wandb_project'], name=out_dir, config=config)
+        run = init(project=config['wandb_project'], name=out_dir, config=config)
 
     def log(**numbers):
         metrics.write(to_json(numbers) + '\n')
         if config['wandb_log']:
-            wandb.log(numbers, step=numbers['iter'])
+            run.log(numbers, step=numbers['iter'])
     return locked, log, model_args
 
 

@@ -50,7 +50,8 @@ def open_bins(data_dir, dataset, verify=False):
                 raise ValueError(f"{name} has another checksum")
     except FileNotFoundError as e:
         raise UserError(f"{e.filename} not found; run: python prepare.py --dataset={dataset}, or "
-                        "the command at the top of its config file") from None
+                        "the command at the top of its config file; in training --dataset is the "
+                        f"name of a folder in {data_dir}") from None
     except PermissionError as e:
         raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
     except Exception as e:      # a damaged file can raise nearly anything

@@ -104,7 +104,7 @@ def from_hub(what, source):
         cause = e
         while cause.__cause__ or cause.__context__:
             cause = cause.__cause__ or cause.__context__
-        why = "is not usable" if os.path.exists(source) else (
+        why = "is a path here that is not usable" if os.path.exists(source) else (
             "is no file or folder here, and the hub did not give it: check the spelling and the "
             "network (is HF_HUB_OFFLINE set?); if it is private, or gated and you accepted its "
             "terms on its page: hf auth login")
