@@ -57,7 +57,7 @@ vocab_size = 6000       # of trained subwords
 encoder = ''            # T5-family hub id or folder, '' = a small untrained one beside the bins
 encoder_dim = 64        # its width C: the width of the latents
 encoder_layers = 0      # 0 = a vector per token, whatever stands around it
-latent_std = 0.0        # of the encoder's outputs, around 0; 0.0 = measured (t5-small: 0.2)
+latent_std = 0.0        # of the encoder's outputs, around 0; 0.0 = measured (but t5-small: 0.2)
 seed = 0                # of the untrained encoder
 
 CHOICES = dict(pack=('words', 'paragraphs', 'texts', 'lines'),
@@ -481,10 +481,10 @@ def make_rows(items, names, tok, pack, max_length):
 def write_references(folder, files, names, tok):
     """val.jsonl: the texts of the validation pairs, for samples, BLEU and ROUGE."""
     texts = ('input', 'target')
-    _, first = next(read_rows((files['val'] or files['train'])[0]))
+    rows = chain.from_iterable(map(read_rows, files['val'] or files['train']))
     if 'ids' not in names[-1]:
         pairs = read_split(files, names, 'val')
-    elif first.keys() >= set(texts):
+    elif next(rows)[1].keys() >= set(texts):
         pairs = read_split(files, texts, 'val')
     else:
         print("val.jsonl: the set has no texts, so what its tokenizer makes of the ids")
@@ -540,6 +540,7 @@ def make_set(folder, files, names, settings):
     del meta['dir']
     return meta, tok
 
+
 def check():
     """All that is refused before anything is read; a set that a kill left aside is put back."""
     if max_length < 2:
@@ -573,7 +574,7 @@ def show(meta, tok, asked):
         ids, index = open_split(meta, split)
         first = tok.batch_decode(read_row(ids, index, 0), skip_special_tokens=True)
         print(f"{ids.filename}: {len(index):,} rows, {len(ids):,} tokens; the first row: "
-              + ' -> '.join(filter(None, first))[:200])
+              f"{' -> '.join(filter(None, first))[:200]!r}")
         unknown = np.mean(ids[:10_000_000] == tok.unk_token_id)
         if unknown > 0.01:
             print(f"  WARNING: {unknown:.1%} of the tokens are {tok.unk_token}, their text lost; "

@@ -670,6 +670,14 @@ def test_shards_may_be_empty_or_have_a_column_more(make, tmp_path, tok):
         make(tmp_path / 'set', *tok)
 
 
+def test_pairs_of_ids_after_an_empty_shard(make, tmp_path, tok):
+    parquet(tmp_path / 'set' / 'a.parquet', condition_input_ids=[], input_ids=[])
+    parquet(tmp_path / 'set' / 'b.parquet', condition_input_ids=[[4, 1]] * 60,
+            input_ids=[[5, 1]] * 60)
+    meta = make(tmp_path / 'set', *tok)
+    assert meta['rows'] == dict(train=57, val=3) and len(references(meta)) == 3
+
+
 def test_blank_lines_and_pairs(make, tmp_path, tok):
     pairs = [dict(input='a', output='b')] * 60 + [dict(input='a', output=' '), '']
     meta = make(write(tmp_path / 'a.jsonl', pairs), *tok)
