@@ -272,14 +272,15 @@ def read_csv(file, separator):
     on into the next line; `datasets` and pandas do so in silence, and take "NA" for nothing.
     """
     csv.field_size_limit(1 << 30)
-    rows = csv.DictReader(read_lines(file), delimiter=separator, strict=True)
+    rows, before = csv.DictReader(read_lines(file), delimiter=separator, strict=True), 1
     try:
         for row in rows:
             if None in row:
                 raise csv.Error("more fields than there are names in the first line")
-            yield f"{file}, line {rows.line_num}", row
+            yield f"{file}, line {before + 1}", row
+            before = rows.line_num
     except csv.Error as e:
-        raise UserError(f"{file}, line {rows.line_num}: {e}; a text with {separator!r} or quotes in "
+        raise UserError(f"{file}, line {before + 1}: {e}; a text with {separator!r} or quotes in "
                         "it must stand in quotes, each of its own doubled") from None
 
 
