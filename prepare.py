@@ -28,7 +28,6 @@ from functools import cache, partial
 from itertools import chain
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from model import ELFConfig, TextEncoder
@@ -497,13 +496,19 @@ def write_references(folder, files, names, tok):
 # encoder
 
 def measure_latents(text_encoder, meta):
-    """Mean and standard deviation of the encoder's outputs on rows spread over train.bin."""
+    """Mean and standard deviation of the encoder's outputs on 512 rows, spread over train.bin."""
     T = min(1024, meta['max_length'])       # an endless row would not fit into memory
     c = ELFConfig(max_length=T, max_input_length=T)
-    rows = np.linspace(0, meta['rows']['train'] - 1, min(512, 2**14 // T)).astype(int)
-    ids, valid, _ = get_rows(meta, 'train', np.unique(rows), c)
-    std, mean = torch.std_mean(text_encoder(ids, valid)[valid].double(), correction=0)
-    return mean.item(), std.item()
+    rows = np.unique(np.linspace(0, meta['rows']['train'] - 1, 512).astype(int))
+    count, total, square = 0, 0.0, 0.0
+    for batch in batched(rows, max(1, 2048 // T)):
+        ids, valid, _ = get_rows(meta, 'train', batch, c)
+        x = text_encoder(ids, valid)[valid].double()        # (valid tokens, C)
+        count += x.numel()
+        total += x.sum().item()
+        square += x.square().sum().item()
+    mean = total / count
+    return mean, (square / count - mean**2) ** 0.5
 
 # --------------------------------------------------------------------------------------------------
 # before and after
