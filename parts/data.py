@@ -224,7 +224,7 @@ def read_lines(file):
         with LocalFileSystem().open(file, compression='infer') as f:
             for n, line in enumerate(f, 1):
                 encoding = 'utf-8-sig' if n == 1 else 'utf-8'
-                yield line.decode(encoding).replace('\r\n', '\n')
+                yield line.decode(encoding).replace('\r\n', '\n').replace('\r', '\n')
     except UnicodeDecodeError as e:
         raise UserError(f"{file}, line {n}: byte {e.object[e.start]:#04x} is not UTF-8; "
                         "save the file as UTF-8") from None

@@ -36,7 +36,7 @@ class UserError(ValueError):
 def one_line(e):
     """A text or an exception of many lines -> one line; of an exception the kind as well."""
     text = ' '.join(str(e).split())
-    return f"{type(e).__name__} {text}"[:200] if isinstance(e, Exception) else text
+    return f"{type(e).__name__} {text}"[:400] if isinstance(e, Exception) else text
 
 
 def one_line_errors(kind, error, traceback):

@@ -290,7 +290,7 @@ def test_one_line():
     assert one_line(' a\n  b ') == 'a b' == str(UserError('a\nb'))
     assert one_line(KeyError('a\nb')) == r"KeyError 'a\nb'"
     assert one_line(ValueError('a\nb')) == 'ValueError a b'
-    assert len(one_line(ValueError('x' * 999))) == 200
+    assert len(one_line(ValueError('x' * 999))) == 400
 
 
 @pytest.mark.parametrize('source, error, says', [

@@ -602,10 +602,16 @@ def test_a_last_line_without_an_end_ends(make, tmp_path, tok):
     assert words_of(meta, 'train') == set('some words and an end'.split())
 
 
+def test_lines_that_end_as_on_an_old_mac(make, tmp_path, tok):
+    file = tmp_path / 'x.txt'
+    file.write_bytes(b'some words\r' * 60)
+    assert make(file, *tok, '--pack=lines')['rows'] == dict(train=57, val=3)
+
+
 def test_texts_in_other_letters_are_said_to_be_broken(make, tmp_path, tok):
     make(write(tmp_path / 'fr.txt', 'le château près de la forêt\n' * 300), *tok)
     assert make.out.count('letters other than a-z are left out') == 1
-    make(write(tmp_path / 'en.txt', 'a naïve word among fifty others of plain letters\n' * 300), *tok)
+    make(write(tmp_path / 'en.txt', 'a naïve word among others of plain letters\n' * 300), *tok)
     assert 'letters other' in make.out
     make(write(tmp_path / 'de.txt', ('plain words of English ' * 9 + 'naïve\n') * 300), *tok)
     assert 'letters other' not in make.out

@@ -174,8 +174,9 @@ def test_ranks_that_see_different_bins_stop(bins, tiny, tmp_path):
     meta = json.loads(file.read_text())
     meta['checksums']['train.bin'] = 'another'
     file.write_text(json.dumps(meta))
-    worker = command('tests/ddp_worker.py', f'{tmp_path}/none', *tiny, '--gradient_accumulation_steps=2',
-                     f'--out_dir={tmp_path}/out', f'--data_dir={tmp_path}/{{rank}}', ranks=2)
+    worker = command('tests/ddp_worker.py', f'{tmp_path}/none', *tiny,
+                     '--gradient_accumulation_steps=2', f'--out_dir={tmp_path}/out',
+                     f'--data_dir={tmp_path}/{{rank}}', ranks=2)
     done = subprocess.run(worker, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and 'the ranks see different bins' in done.stderr
     assert not (tmp_path / 'out').exists()
