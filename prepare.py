@@ -400,7 +400,7 @@ def find_tokenizer(folder, files, names):
                             "for example --tokenizer=t5-small")
         texts = read_split(files, names, 'train')
         texts = texts if len(names) == 1 else chain.from_iterable(texts)
-        train_tokenizer(texts, token_level, vocab_size).save_pretrained(path)
+        train_tokenizer(texts, token_level, vocab_size, letters_only).save_pretrained(path)
     tok = load_tokenizer(path)
     if not tok.is_fast or tok.pad_token_id is None or tok.eos_token_id is None:
         raise UserError(f"tokenizer {tokenizer!r} has no pad or EOS token, or no fast version; "

@@ -3,9 +3,11 @@ What lets everything run without a download: the text inside every Python, a tas
 tokenizers trained on the text at hand, and a small T5 encoder whose vectors are made, not trained.
 """
 import ast
+import json
 import os
 import random
 import re
+import string
 from itertools import chain
 
 import numpy as np
@@ -88,11 +90,12 @@ def numbers(back=False):
 # -------------------------------------------------------------------------------------------------
 # tokens
 
-def train_tokenizer(texts, level, size):
+def train_tokenizer(texts, level, size, letters_only=False):
     """
     A tokenizer of 'chars', of 'words' (each with what joins it to the one before; each digit by
     itself), or of at most size 'subwords', under T5's conventions (pad 0, eos 1, unk 2), which
-    gives every text of its symbols back exactly.
+    gives every text of its symbols back exactly. With letters_only only a to z and the space are
+    symbols of subwords, else all bytes are.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -104,6 +107,12 @@ def train_tokenizer(texts, level, size):
         trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False,
                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
         tok.train_from_iterator(texts, trainer)
+        if letters_only:        # other bytes keep their ids, but no text has them: they are unknown
+            state = json.loads(tok.to_str())
+            vocab = state['model']['vocab']
+            for sign in set(pre_tokenizers.ByteLevel.alphabet()) - set('Ġ' + string.ascii_lowercase):
+                vocab[f'<no {sign}>'] = vocab.pop(sign)
+            tok = Tokenizer.from_str(json.dumps(state))
     else:
         pattern = r'[\s\S]' if level == 'chars' else r'[ -]?[^\W\d_]+|[\s\S]'
         symbols = {symbol for text in texts for symbol in re.findall(pattern, text)}

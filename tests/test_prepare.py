@@ -20,6 +20,7 @@ import prepare
 from configurator import UserError
 from model import ELFConfig, TextEncoder
 from parts.data import get_rows, open_bins, open_split, read_row, sha256
+from parts.prompt import unknown_in
 from parts.toy import in_words, neighbour_vectors, numbers, pydocs, train_tokenizer
 
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared', 'data')
@@ -244,6 +245,15 @@ def test_one_text_a_row(capsys):
     texts = ['a b\nc\n', '  ', 'abcdefg', 'abcdefgh', 'h' * 20]
     assert packed(texts, tok, 8, 'texts') == ['a b\nc', 'abcdefg', 'abcdefg', 'h' * 7]
     assert '2 texts are cut off at max_length=8' in capsys.readouterr().out
+
+
+def test_subwords_of_letters_know_no_other_bytes():
+    """So that a prompt in capitals or Chinese is refused; the ids of letters are as ever."""
+    texts = ['the cat sat on the mat'] * 3
+    plain, letters = (train_tokenizer(texts, 'subwords', 300, x) for x in (False, True))
+    assert letters.encode('the hat') == plain.encode('the hat') and len(letters) == len(plain)
+    assert letters.decode(letters.encode('the hat')) == 'the hat'
+    assert unknown_in('The cat 中', letters) == 'T 中' and unknown_in('The cat 中', plain) == ''
 
 
 @pytest.mark.parametrize('level', ['chars', 'subwords'])
