@@ -39,9 +39,8 @@ def unknown_in(text, tokenizer):
     """What of a text the tokenizer does not know, or takes for a special token -> spaced."""
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = zip(coded['input_ids'], coded['offset_mapping'])
-    # once each: a sign may take several bytes
-    return ' '.join(dict.fromkeys(text[a:b] for i, (a, b) in spans
-                                  if i in tokenizer.all_special_ids))
+    unknown = dict.fromkeys(span for i, span in spans if i in tokenizer.all_special_ids)
+    return ' '.join(text[a:b] for a, b in unknown)      # once, where a sign is several tokens
 
 
 def read_tasks(config, named, source, tokenizer, c):

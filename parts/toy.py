@@ -110,7 +110,8 @@ def train_tokenizer(texts, level, size, letters_only=False):
         if letters_only:        # other bytes keep their ids, but no text has them: they are unknown
             state = json.loads(tok.to_str())
             vocab = state['model']['vocab']
-            for sign in set(pre_tokenizers.ByteLevel.alphabet()) - set('Ġ' + string.ascii_lowercase):
+            known = {'Ġ', *string.ascii_lowercase}
+            for sign in set(pre_tokenizers.ByteLevel.alphabet()) - known:
                 vocab[f'<no {sign}>'] = vocab.pop(sign)
             tok = Tokenizer.from_str(json.dumps(state))
     else:
