@@ -257,7 +257,7 @@ def test_resume_refuses_other_mathematics_and_says_what_jumps(run, tiny, tmp_pat
         run(*args, '--init_from=resume', '--lr_schedule=constant')
     assert (tmp_path / 'ckpt.pt').read_bytes() == before
     out = run(*args, '--init_from=resume', '--max_iters=6')
-    assert 'max_iters was 4, now 6: the cosine of the learning rate jumps' in out
+    assert 'max_iters was 4, now 6' in out and 'the cosine of the learning rate jumps' in out
 
 
 def test_resume_refuses_other_bins(run, tiny, bins, tmp_path):
@@ -305,7 +305,7 @@ def test_a_smaller_gpu_may_go_on(run, tiny, tmp_path):
     with pytest.raises(UserError, match='batch_size was 8, now 4'):
         run(*smaller)
     out = run(*smaller, '--gradient_accumulation_steps=2')
-    assert 'batch_size was 8, now 4; gradient_accumulation_steps was 1, now 2' in out
+    assert 'batch_size was 8, now 4' in out and 'accumulation_steps was 1, now 2' in out
     assert 'the same rows a step' in out and 'other draws' in out
     assert state(tmp_path)['rows_seen'] == 32
 
