@@ -28,7 +28,7 @@ NANOGPT = dict(
 @lru_cache
 def settings_of(script):
     """A script's top-level `name = constant` lines -> {name: (default, comment)}, in order."""
-    with open(script, encoding='utf-8') as f:
+    with open(script, encoding='utf-8-sig') as f:     # as Python reads it, Notepad's mark or not
         source = f.read()
     lines, found = source.split('\n'), {}
     for node in ast.parse(source).body:

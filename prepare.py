@@ -16,11 +16,14 @@ with the data. A set appears under its name whole or not at all.
 """
 from configurator import UserError, configure, from_hub       # first: see there
 
+import csv
 import glob
 import json
 import os
 import re
+import shlex
 import shutil
+import time
 from functools import cache, partial
 from itertools import chain
 
@@ -141,6 +144,8 @@ def find_files(source, revision):
     files = dict(train=[], val=[], test=[])
     if kind_of(source) and not os.path.isdir(source):       # a file is taken, whatever its name
         return files | dict(train=[source])
+    if os.path.isfile(source):
+        raise UserError(f"cannot read {source}: a file must be one of {', '.join(KINDS)}")
     folder = source if os.path.exists(source) else fetch(source, revision)
     card = read_card(source, folder)
     found = {path: split for split, pattern in card or [('', os.path.join(subset, '**/*'))]
@@ -249,7 +254,10 @@ def read_rows(file, names=('',)):
     if kind == 'jsonl':
         yield from read_jsonl(file)
     elif kind == 'txt':
-        yield from ((file, dict(text=line)) for line in read_lines(file))
+        for line in read_lines(file):       # a file's last line ends, too
+            yield file, dict(text=line.removesuffix('\n') + '\n')
+    elif kind in ('csv', 'tsv'):
+        yield from read_csv(file, ',' if kind == 'csv' else '\t')
     else:
         with from_hub("not readable", file):
             rows = MADE[kind]() if kind in MADE else read_table(file, kind, names)
@@ -257,22 +265,34 @@ def read_rows(file, names=('',)):
                 yield f"{file}, row {n}", row.get('translation') or row
 
 
+def read_csv(file, separator):
+    """
+    The rows of a .csv or .tsv, as read_rows has them. UserError where one would be cut off, or run
+    on into the next line; `datasets` and pandas do so in silence, and take "NA" for nothing.
+    """
+    csv.field_size_limit(1 << 30)
+    rows, before = csv.DictReader(read_lines(file), delimiter=separator, strict=True), 1
+    try:
+        for row in rows:
+            if None in row:
+                raise csv.Error("more fields than there are names in the first line")
+            yield f"{file}, line {before + 1}", row
+            before = rows.line_num
+    except csv.Error as e:
+        raise UserError(f"{file}, line {before + 1}: {e}; a text with {separator!r} or quotes in "
+                        "it must stand in quotes, each of its own doubled") from None
+
+
 def read_table(file, kind, names):
     """The rows of a table as dicts, with these columns if it has them; lists are arrays."""
     import datasets
-    import pandas
-    if kind in ('csv', 'tsv'):      # `datasets` would take "NA" for nothing, "1" for a number
-        frames = pandas.read_csv(file, sep=',' if kind == 'csv' else '\t', dtype=str,
-                                 keep_default_na=False, chunksize=1000)
-    else:
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # errors are one line of ours
-        rows = datasets.load_dataset(kind, data_files=glob.escape(file), split='train',
-                                     streaming=True)    # the pages of a mapped file are memory
-        if set(names) <= set(rows.features or ()):
-            rows = rows.select_columns(list(names))
-        frames = (table.to_pandas() for table in rows.with_format('arrow').iter(1000))
-    for frame in frames:
-        yield from frame.to_dict('records')
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # errors are one line of ours
+    rows = datasets.load_dataset(kind, data_files=glob.escape(file), split='train',
+                                 streaming=True)    # the pages of a mapped file are memory
+    if set(names) <= set(rows.features or ()):
+        rows = rows.select_columns(list(names))
+    for table in rows.with_format('arrow').iter(1000):
+        yield from table.to_pandas().to_dict('records')
 
 
 def read_values(file, names):
@@ -360,7 +380,13 @@ def plain(text):
     if END_OF_TEXT in text:
         say_once(f"{END_OF_TEXT} counts as a line's end; --pack=texts makes rows of the texts")
         text = text.replace(END_OF_TEXT, '\n')
-    return re.sub(r'[^a-z]+', ' ', text.lower()) if letters_only else text
+    if not letters_only:
+        return text
+    text = text.lower()
+    if len(re.findall(r'[^\W\d_a-z]', text)) > len(text) / 100:
+        say_once("WARNING: letters other than a-z are left out, their words broken; "
+                 "--letters_only=false keeps them")
+    return re.sub(r'[^a-z]+', ' ', text)
 
 # --------------------------------------------------------------------------------------------------
 # items to rows of ids
@@ -533,6 +559,9 @@ def check():
     if os.path.isdir(final) and os.listdir(final) and 'meta.json' not in os.listdir(final):
         raise UserError(f"{final} is there already and holds no bins (no meta.json); "
                         "choose another --name")
+    if os.path.islink(final):
+        raise UserError(f"{final} is a link, which the set would replace; make {data_dir} itself "
+                        "a link, or name the place by --data_dir and --name")
 
 
 def swap_in(folder):
@@ -559,7 +588,8 @@ def show(meta, tok, asked):
     known = asked == name in CONFIGS
     made, published = CONFIGS_OF_OWN[meta['conditional']]
     config = CONFIGS[name] if known else published if encoder else made
-    own = (f" --dataset={name} --out_dir=out/{name} --max_length={meta['max_length']} "
+    own = (f" --dataset={shlex.quote(name)} --out_dir={shlex.quote('out/' + name)} "
+           f"--max_length={meta['max_length']} "
            f"--max_input_length={np.diff(index).max()}") * (not known)
     print(f"next: python train.py config/{config}.py{own}")
 
@@ -575,8 +605,8 @@ if __name__ == '__main__':
     files, names = load_source()
     letters_only = letters_only and len(names) == 1
 
-    # in a folder of another name until all is there
-    folder = os.path.join(data_dir, f'.{name}.tmp-{os.getpid()}')
+    # in a folder of another name until all is there; not by its pid: many containers have the same
+    folder = os.path.join(data_dir, f'.{name}.tmp-{time.time_ns()}')
     try:
         os.makedirs(folder)
         meta, tok = make_set(folder, files, names, {key: globals()[key] for key in settings})

@@ -9,6 +9,7 @@ from configurator import UserError, configure       # before torch: see there
 
 import copy
 import math
+import shlex
 import signal
 import sys
 import time
@@ -158,7 +159,7 @@ def get_lr(i, config):
 
 
 if __name__ == '__main__':
-    config, started = configure(globals()), time.time()
+    config, started = configure(globals()), time.monotonic()
     rank, world = rank_and_world()
     check(world)
     device, bf16, about = start(device, dtype)
@@ -176,6 +177,9 @@ if __name__ == '__main__':
     # what a checkpoint keeps and a resume compares: the settings, what ran them, the bins
     config |= dict(max_iters=max_iters, warmup_iters=warmup_iters, learning_rate=learning_rate,
                    ranks=world, device=device.type, bf16=bf16, bins=on_disk.fingerprint(meta))
+    if any(bins != config['bins'] for bins in gather(config['bins'])):
+        raise UserError(f"the ranks see different bins in {meta['dir']}: prepare them once and "
+                        "copy the folder to each node, or share it")
 
     # ---- where to start: the first rank decides, all must find the same -------------------------
     if master:
@@ -364,7 +368,7 @@ if __name__ == '__main__':
                "go on with --init_from=resume")
     else:
         print0(f"done: {out_dir}/ckpt.pt, metrics.jsonl, loss.png; "
-               f"next: python sample.py --out_dir={out_dir} --trace=8")
+               f"next: python sample.py --out_dir={shlex.quote(out_dir)} --trace=8")
     if world > 1:
         dist.destroy_process_group()
     if lock:

@@ -143,9 +143,8 @@ MAY_CHANGE = (
     'save_interval', 'keep_interval', 'sample_interval', 'wandb_log', 'wandb_project', 'data_dir',
     'verify_data', 'max_minutes', 'max_bad_steps', 'max_epochs', 'dtype',
     'gradient_checkpointing', 'sampler', 'steps', 'gamma', 'w', 'cfg', 'grid', 'bins')
-# and, said so, where it runs, which changes the order of sums, not their terms; and how long
-MAY_CHANGE_ALOUD = ('max_iters', 'ranks', 'device', 'bf16', 'compile', 'batch_size',
-                    'gradient_accumulation_steps')
+# and, said so, how long it runs, and where
+WHERE_IT_RUNS = ('ranks', 'device', 'bf16', 'compile', 'batch_size', 'gradient_accumulation_steps')
 
 
 def launch():
@@ -192,8 +191,8 @@ def check_resume(path, ckpt, config):
         raise UserError(f"the ranks see different checkpoints in {os.path.dirname(path)}: {found}; "
                         "it must be one folder that all of them share")
     was, now = ckpt['config'], config['bins']
-    # older versions had data
-    bins = was.get('bins') or ckpt['data'] | ckpt['data']['checksums']
+    data = ckpt.get('data', {})         # where older versions had it
+    bins = was.get('bins') or data | data.get('checksums', {})
     if differ := [name for name in bins if now.get(name, bins[name]) != bins[name]]:
         raise UserError(f"{path} was trained on other bins than those of --dataset="
                         f"{config['dataset']} now ({', '.join(differ)} differ); prepare them as "
@@ -202,12 +201,14 @@ def check_resume(path, ckpt, config):
                 for x in (was, config))
     changed = {name: f"{name} was {was[name]!r}, now {now[name]!r}" for name in was
                if name not in MAY_CHANGE and now.get(name, was[name]) != was[name]}
-    told = [changed.pop(name) for name in MAY_CHANGE_ALOUD if name in changed]
-    if changed:
+    if not changed.keys() <= {'max_iters', *WHERE_IT_RUNS}:
         raise UserError(f"{path} was trained with other settings: {'; '.join(changed.values())}; "
                         "drop the override or choose another --out_dir")
-    if config['lr_schedule'] == 'cosine' and was['max_iters'] != now['max_iters']:
-        told[0] += ": the cosine of the learning rate jumps"
+    told = list(changed.values())
+    if 'max_iters' in changed and config['lr_schedule'] == 'cosine':
+        told.append("the cosine of the learning rate jumps")
+    if changed.keys() & set(WHERE_IT_RUNS):
+        told.append("the same rows a step, perhaps by other draws; not the same bit for bit")
     return told
 
 
@@ -222,7 +223,7 @@ def begin_run(out_dir, resumed, config, c):
         return None, lambda **numbers: None, None
     if config['wandb_log']:
         try:
-            import wandb
+            from wandb import init      # not the folder that its runs leave behind
         except ImportError:
             raise UserError("wandb_log=True, but wandb is not installed; pip install wandb, "
                             "or drop it") from None
@@ -236,12 +237,12 @@ def begin_run(out_dir, resumed, config, c):
     metrics = open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8', buffering=1)
     metrics.write('\n' if resumed else '')      # ends a line that a kill may have cut
     if config['wandb_log']:
-        wandb.init(project=config['wandb_project'], name=out_dir, config=config)
+        run = init(project=config['wandb_project'], name=out_dir, config=config)
 
     def log(**numbers):
         metrics.write(to_json(numbers) + '\n')
         if config['wandb_log']:
-            wandb.log(numbers, step=numbers['iter'])
+            run.log(numbers, step=numbers['iter'])
     return locked, log, model_args
 
 

@@ -50,7 +50,8 @@ def open_bins(data_dir, dataset, verify=False):
                 raise ValueError(f"{name} has another checksum")
     except FileNotFoundError as e:
         raise UserError(f"{e.filename} not found; run: python prepare.py --dataset={dataset}, or "
-                        "the command at the top of its config file") from None
+                        "the command at the top of its config file; in training --dataset is the "
+                        f"name of a folder in {data_dir}") from None
     except PermissionError as e:
         raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
     except Exception as e:      # a damaged file can raise nearly anything
@@ -223,7 +224,7 @@ def read_lines(file):
         with LocalFileSystem().open(file, compression='infer') as f:
             for n, line in enumerate(f, 1):
                 encoding = 'utf-8-sig' if n == 1 else 'utf-8'
-                yield line.decode(encoding).replace('\r\n', '\n')
+                yield line.decode(encoding).replace('\r\n', '\n').replace('\r', '\n')
     except UnicodeDecodeError as e:
         raise UserError(f"{file}, line {n}: byte {e.object[e.start]:#04x} is not UTF-8; "
                         "save the file as UTF-8") from None

@@ -175,21 +175,22 @@ saving = False      # whether a checkpoint is being written
 
 def on_signals(handler):
     """What to do at those that end a process, where it does not ignore them, as under nohup."""
-    for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
-        number = getattr(signal, name, signal.SIGINT)       # Windows has no SIGHUP
+    # of a system, a person, a lost terminal; what schedulers send some time before they kill
+    for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'):
+        number = getattr(signal, name, signal.SIGINT)       # Windows has the first two
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 
 def note_signals():
     """
-    SIGTERM, Ctrl-C and a lost terminal ask to save and stop. A Ctrl-C some seconds later
-    interrupts, but never a save.
+    SIGTERM, Ctrl-C and their like ask to save and stop. A Ctrl-C some seconds later interrupts, but
+    never a save.
     """
     def note(number, frame):
-        signals.append((number, time.time()))
+        signals.append((number, time.monotonic()))
         # torchrun and the terminal, or a scheduler, may both send the first one
-        if number == signal.SIGINT and time.time() - signals[0][1] > 3 and not saving:
+        if number == signal.SIGINT and time.monotonic() - signals[0][1] > 3 and not saving:
             raise KeyboardInterrupt
 
     signals.clear()
@@ -198,7 +199,7 @@ def note_signals():
 
 def should_stop(started, max_minutes):
     """The number of a signal that any rank got, or TIME_IS_UP, or 0; the same on every rank."""
-    late = max_minutes and time.time() - started > 60 * max_minutes
+    late = max_minutes and time.monotonic() - started > 60 * max_minutes
     reason = torch.tensor(signals[0][0] if signals else TIME_IS_UP if late else 0)
     if host_group:
         dist.all_reduce(reason, dist.ReduceOp.MAX, group=host_group)

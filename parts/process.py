@@ -36,7 +36,7 @@ class UserError(ValueError):
 def one_line(e):
     """A text or an exception of many lines -> one line; of an exception the kind as well."""
     text = ' '.join(str(e).split())
-    return f"{type(e).__name__} {text}"[:200] if isinstance(e, Exception) else text
+    return f"{type(e).__name__} {text}"[:400] if isinstance(e, Exception) else text
 
 
 def one_line_errors(kind, error, traceback):
@@ -104,7 +104,7 @@ def from_hub(what, source):
         cause = e
         while cause.__cause__ or cause.__context__:
             cause = cause.__cause__ or cause.__context__
-        why = "is not usable" if os.path.exists(source) else (
+        why = "is a path here that is not usable" if os.path.exists(source) else (
             "is no file or folder here, and the hub did not give it: check the spelling and the "
             "network (is HF_HUB_OFFLINE set?); if it is private, or gated and you accepted its "
             "terms on its page: hf auth login")

@@ -85,7 +85,7 @@ def run(monkeypatch, capsys):
         for name in ('excepthook', 'stdout', 'stderr'):     # configure() replaces them
             monkeypatch.setattr(sys, name, getattr(sys, name))
         capsys.readouterr()
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        numbers = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
         handlers = {number: signal.getsignal(number) for number in numbers}
         try:
             run.globals = runpy.run_path(os.path.join(ROOT, script), run_name='__main__')

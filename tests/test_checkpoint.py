@@ -134,7 +134,7 @@ def test_no_permission():
         for closed in (run, path):
             with closed_to_us(closed):
                 for look in (find_checkpoint, ELF.from_pretrained):
-                    with pytest.raises(UserError, match=f"{closed}' is not .*Permission denied"):
+                    with pytest.raises(UserError, match=f"{closed}' is .*Permission denied"):
                         look(closed)
         with closed_to_us(path):        # it is not damaged: the run must not go on from the older
             for look in (ELF.from_pretrained, newest_checkpoint):

@@ -185,6 +185,14 @@ def test_help(tmp_path):
     assert shown['  --compile'].endswith(' faster # or not')
 
 
+def test_a_script_saved_with_a_byte_order_mark(tmp_path):
+    """As Notepad saves it; Python runs it, so its settings must be found, too."""
+    (tmp_path / 'script.py').write_text(SCRIPT, encoding='utf-8-sig')
+    r = subprocess.run([sys.executable, str(tmp_path / 'script.py'), '--batch_size=3'], text=True,
+                       capture_output=True)
+    assert 'RESULT 3 ' in r.stdout, r.stderr
+
+
 @pytest.mark.parametrize('args, says', [
     (['--batchsize=3'], 'did you mean batch_size?'), (['--out_dir=fail'], 'one reason'),
     (['none.py'], 'no such config file'), (['--a\nb=1'], '--a b=1: unknown')])
@@ -282,7 +290,7 @@ def test_one_line():
     assert one_line(' a\n  b ') == 'a b' == str(UserError('a\nb'))
     assert one_line(KeyError('a\nb')) == r"KeyError 'a\nb'"
     assert one_line(ValueError('a\nb')) == 'ValueError a b'
-    assert len(one_line(ValueError('x' * 999))) == 200
+    assert len(one_line(ValueError('x' * 999))) == 400
 
 
 @pytest.mark.parametrize('source, error, says', [

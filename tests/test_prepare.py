@@ -593,6 +593,72 @@ def test_every_kind_of_file_gives_the_same_bins(make, tmp_path, name):
     assert meta['checksums'] == wanted['checksums'] and references(meta) == references(wanted)
 
 
+@pytest.mark.parametrize('name, content, says', [
+    ('x.csv', 'text\na, b\n', 'line 2: more fields than there are names'),
+    ('x.csv', 'text\na\nb, c\n', 'line 3: more fields'),
+    ('x.tsv', 'input\toutput\n"a\tb\nc\td\n"e\tf\n', 'line 2: .* expected after'),
+    ('x.tsv', 'input\toutput\na\tb\n"c\td\ne\tf\n', 'line 3: unexpected end of data')])
+def test_texts_with_the_signs_of_the_table(make, tmp_path, tok, name, content, says):
+    """Else the text ends at its comma, or a quote takes the lines up to the next one with it."""
+    with pytest.raises(UserError, match=says + '.*; a text with .* must stand in quotes'):
+        make(write(tmp_path / name, content), *tok)
+    assert nothing_made(tmp_path)
+
+
+def test_a_last_line_without_an_end_ends(make, tmp_path, tok):
+    for i in range(60):
+        write(tmp_path / 'many' / f'{i}.txt', 'some words\nand an end')
+    meta = make(tmp_path / 'many', *tok, '--max_length=64')
+    assert words_of(meta, 'train') == set('some words and an end'.split())
+
+
+def test_lines_that_end_as_on_an_old_mac(make, tmp_path, tok):
+    file = tmp_path / 'x.txt'
+    file.write_bytes(b'some words\r' * 60)
+    assert make(file, *tok, '--pack=lines')['rows'] == dict(train=57, val=3)
+
+
+def test_texts_in_other_letters_are_said_to_be_broken(make, tmp_path, tok):
+    make(write(tmp_path / 'fr.txt', 'le château près de la forêt\n' * 300), *tok)
+    assert make.out.count('letters other than a-z are left out') == 1
+    make(write(tmp_path / 'en.txt', 'a naïve word among others of plain letters\n' * 300), *tok)
+    assert 'letters other' in make.out
+    make(write(tmp_path / 'de.txt', ('plain words of English ' * 9 + 'naïve\n') * 300), *tok)
+    assert 'letters other' not in make.out
+
+
+@pytest.mark.parametrize('name', ['x.zip', 'x.docx'])
+def test_a_file_of_no_kind_is_no_folder(make, tmp_path, tok, name):
+    with pytest.raises(UserError, match=f'cannot read .*{name}: a file must be one of parquet'):
+        make(write(tmp_path / name, 'PK'), *tok)
+
+
+def test_a_set_that_is_a_link(make, tmp_path, tok, text):
+    """To a larger disk, say: the new set would take the place of the link, on the small one."""
+    write(tmp_path / 'x.txt', text)
+    (tmp_path / 'disk').mkdir()
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'x').symlink_to(tmp_path / 'disk')
+    with pytest.raises(UserError, match='is a link, which the set would replace'):
+        make(tmp_path / 'x.txt', *tok)
+    make(tmp_path / 'x.txt', *tok, f'--data_dir={tmp_path}/data', '--name=y')
+    (tmp_path / 'data').rename(tmp_path / 'disk' / 'sets')
+    (tmp_path / 'data').symlink_to(tmp_path / 'disk' / 'sets')
+    assert make(tmp_path / 'x.txt', *tok, '--name=y')['rows'] and (tmp_path / 'data').is_symlink()
+
+
+def test_what_another_container_with_this_pid_left(make, tmp_path, tok, text):
+    """The folder of a set that it makes, or was killed over."""
+    left = write(tmp_path / 'data' / f'.x.tmp-{os.getpid()}' / 'train.bin', 'half')
+    meta = make(write(tmp_path / 'x.txt', text), *tok)
+    assert meta['rows']['train'] and os.path.exists(left)
+
+
+def test_the_next_command_can_be_pasted(make, tmp_path, tok, text):
+    make(write(tmp_path / 'my book.txt', text), *tok)
+    assert "--dataset='my book' --out_dir='out/my book' --max_length" in make.out
+
+
 @pytest.mark.parametrize('name', ['a.txt.gz', 'a.txt.xz'])
 def test_compressed_texts_and_broken_ones(make, tmp_path, text, name, tok):
     import gzip

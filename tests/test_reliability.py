@@ -165,7 +165,7 @@ def test_a_rank_dies_and_torchrun_brings_the_run_back(run, tiny, tmp_path, round
     assert same_state(alone, out) and metrics(alone) == metrics(out)
     said = run('train.py', *args, f'--max_iters={iters + 3}', f'--out_dir={out}',
                '--init_from=resume')
-    assert 'ranks was 2, now 1' in said and 'not bit for bit' in said
+    assert 'ranks was 2, now 1' in said and 'not the same bit for bit' in said
     assert state(out)['iter_num'] == iters + 3
 
 
@@ -254,7 +254,8 @@ def raise_at(monkeypatch, module, name, call, *numbers):
 
 
 # after five batches of validation: in step five; in the validation after six; in the first save
-MOMENTS = [(model, 'compute_loss', 10, 5), (model, 'compute_loss', 12, 6), (torch, 'save', 1, 4)]
+MOMENTS = [(model, 'compute_loss', 10, 5), (model, 'compute_loss', 12, 6), (torch, 'save', 1, 4),
+           (model, 'compute_loss', 11, 6)]
 
 
 def test_signals_save_and_stop(run, tiny, tmp_path, monkeypatch, capsys):
@@ -264,7 +265,8 @@ def test_signals_save_and_stop(run, tiny, tmp_path, monkeypatch, capsys):
     """
     args = [*tiny, '--max_iters=12', '--save_interval=4', '--eval_interval=6', '--init_from=auto']
     run('train.py', *args, f'--out_dir={tmp_path}/alone')
-    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]        # of a lost terminal
+    # the third is of a lost terminal, the fourth what sbatch --signal=USR1@60 sends
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
     for number, (module, name, call, reached) in zip(numbers, MOMENTS):
         out = tmp_path / f'{name}_{call}'
         with monkeypatch.context() as m:
@@ -280,11 +282,12 @@ def test_signals_save_and_stop(run, tiny, tmp_path, monkeypatch, capsys):
 
 def test_only_a_ctrl_c_some_seconds_later_interrupts(monkeypatch):
     """And never a save: what the signal handler does, without a run around it."""
-    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+               signal.SIGXCPU]
     before = {number: signal.getsignal(number) for number in numbers}
 
     def seconds_later(number):
-        device.signals[0] = signal.SIGINT, time.time() - 4
+        device.signals[0] = signal.SIGINT, time.monotonic() - 4
         signal.raise_signal(number)
 
     try:
@@ -348,6 +351,14 @@ def test_max_minutes(run, tiny, tmp_path):
     said = run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=100000',
                '--max_minutes=0.04', '--log_interval=1000')
     assert '(max_minutes)' in said and state(tmp_path)['iter_num'] > 0
+
+
+def test_a_clock_that_is_set_stops_nothing(monkeypatch):
+    """By NTP, or after a night asleep: max_minutes are those of the run."""
+    monkeypatch.setattr(device, 'signals', [])
+    started = time.monotonic()
+    monkeypatch.setattr(time, 'time', lambda: 1e12)
+    assert not device.should_stop(started, 60) and device.should_stop(started - 3601, 60)
 
 
 def test_one_run_per_out_dir(run, tiny, tmp_path):
