@@ -82,8 +82,8 @@ def run(monkeypatch, capsys):
     """
     def run(script, *args):
         monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
-        for name in ('excepthook', 'stdout', 'stderr'):     # configure() replaces them
-            monkeypatch.setattr(sys, name, getattr(sys, name))
+        monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+        streams = sys.stdout, sys.stderr        # configure() replaces them
         capsys.readouterr()
         numbers = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
         handlers = {number: signal.getsignal(number) for number in numbers}
@@ -92,8 +92,8 @@ def run(monkeypatch, capsys):
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
+            sys.stdout.flush()
+            sys.stdout, sys.stderr = streams    # here, before capsys closes them
         return capsys.readouterr().out
     return run
 

@@ -55,8 +55,7 @@ def script(tmp_path, monkeypatch):
     (tmp_path / 'script.py').write_text(SCRIPT)
     (tmp_path / 'config').mkdir()
     monkeypatch.chdir(tmp_path)
-    for name in ('excepthook', 'stdout', 'stderr'):             # configure() replaces them
-        monkeypatch.setattr(sys, name, getattr(sys, name))
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)      # configure() replaces it
     (tmp_path / 'config.yml').write_text('batch_size: 32')
     monkeypatch.setattr(sys, 'path', sys.path[:])
 
@@ -64,7 +63,11 @@ def script(tmp_path, monkeypatch):
         (tmp_path / 'config/c.py').write_text(config)
         g, given = {'__file__': str(tmp_path / 'script.py'), '__name__': 'script'}, set()
         exec(SCRIPT, g)
-        return configure(g, list(args), given), g, given
+        streams = sys.stdout, sys.stderr        # these, too
+        try:
+            return configure(g, list(args), given), g, given
+        finally:
+            sys.stdout, sys.stderr = streams
     return run
 
 
