@@ -220,6 +220,8 @@ def test_only_rank_0_prints_the_changes(tmp_path):
 
 def test_nanogpt_names_get_the_right_hint(monkeypatch):
     import train
+    for name in ('excepthook', 'stdout', 'stderr'):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
     for name, ours in dict(block_size='max_length', lr_decay_iters='max_iters').items():
         with pytest.raises(UserError, match=f'did you mean {ours}'):
             configure(vars(train).copy(), [f'--{name}=1'])
