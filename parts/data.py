@@ -11,6 +11,7 @@ A row is condition then target, each with its EOS; unconditional rows have an em
 import contextlib
 import hashlib
 import json
+import math
 import os
 from functools import lru_cache
 from itertools import islice
@@ -45,6 +46,11 @@ def open_bins(data_dir, dataset, verify=False):
             if [len(ids), *index.shape] != [meta['tokens'][split], meta['rows'][split], 2]:
                 raise ValueError(f"{split} has {len(ids)} tokens in {len(index)} rows, not what "
                                  "meta.json speaks of")
+        ids = [meta[name] in range(meta['vocab_size']) for name in ('pad_id', 'eos_id')]
+        sizes = [meta[name] in range(1, 1 << 40) for name in ('latent_dim', 'max_length')]
+        scale = 0 < meta['latent_std'] < math.inf and math.isfinite(meta['latent_mean'])
+        if not all((*ids, *sizes, scale, dict(meta['checksums']))):
+            raise ValueError("numbers of meta.json that make no set")
         for name in FILES if verify else ():
             if sha256(os.path.join(folder, name)) != meta['checksums'][name]:
                 raise ValueError(f"{name} has another checksum")
