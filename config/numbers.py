@@ -7,8 +7,8 @@
 #   python eval.py --out_dir=out/numbers --dataset=numbers --batch_size=100
 #
 # Expect 99.5 to 99.9 % of 1,000 unseen numbers exactly right: three seeds of training times three
-# of sampling; 97 to 99 % in one step of sampling (2026-11-26; docs/experiments.md has the search and
-# what each part does). It knows 0 ... 999,999: a longer number is beyond what it was shown.
+# of sampling; 97 to 99 % in one step of sampling (2026-11-26; docs/experiments.md has the search
+# and what each part does). It knows 0 ... 999,999: a longer number is beyond what it was shown.
 #
 # Data: 100,000 pairs; each digit is a token, each word is one; a latent is a token's vector, 64
 # wide. A row is at most 6 digits, EOS, 9 words, EOS.
