@@ -367,8 +367,9 @@ if __name__ == '__main__':
         print0(f"stopped at iteration {iter_num} ({why}), saved in {out_dir}; "
                "go on with --init_from=resume")
     else:
+        given = ' --input="..."' if max_input_length else ''
         print0(f"done: {out_dir}/ckpt.pt, metrics.jsonl, loss.png; "
-               f"next: python sample.py --out_dir={shlex.quote(out_dir)} --trace=8")
+               f"next: python sample.py --out_dir={shlex.quote(out_dir)}{given} --trace=8")
     if world > 1:
         dist.destroy_process_group()
     if lock:
