@@ -59,7 +59,7 @@ def plot_sweep(file, rows, real, names):
     fig = Figure(figsize=(8, 5), layout='constrained')
     axis = fig.subplots()
     for name, line in lines.items():
-        axis.plot([row[x] for row in line], [row[y] for row in line], 'o-', label=name)
+        axis.plot([row[x] for row in line], [row[y] for row in line], 'o-', label=name or 'samples')
         for row in line:
             axis.annotate(row[last], (row[x], row[y]), (4, 4), textcoords='offset points')
     if real:
