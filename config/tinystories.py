@@ -8,6 +8,12 @@
 # One story a row of 256 tokens. Where it leaves the published recipe: smaller batches, so a lower
 # learning rate by the same rule; cosine, since the run is short; an average that warms up, since
 # 0.9999 from the first step would still be the initial weights.
+#
+# Tried on a CPU at reduced size for its first 2,000 steps, 2026-11-26: 2 MB of the stories with a
+# tokenizer of their own (2,000 subwords), --max_length=64 --batch_size=16 --n_layer=4 --n_embd=128
+# --n_head=2 --noise_scale=0.7 --decoder_noise_scale=1.8 --learning_rate=0.004, five CPU minutes:
+# validation l2 1.80 to 0.87, ce 7.62 to 0.56; it writes "Once upon a time there was was a little
+# girl named named Lily. Lily loved sit in the park."
 
 out_dir = 'out/tinystories'
 dataset = 'tinystories'
