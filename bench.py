@@ -5,7 +5,7 @@ How fast training and sampling are here: train.py's step and sample.py's, on ran
     python bench.py --batch_size=64 --max_length=1024 --ns_dtype=bfloat16 --compile=true \\
         --sample_batch_size=64 --sample_length=1024         # a large GPU; see docs/speed.md
 """
-from configurator import configure       # first: see there
+from configurator import configure       # before torch: see there
 
 import copy
 import json

@@ -8,8 +8,9 @@ configure(globals()) overrides them and returns them as a dict. --help prints th
 comments. A config file is Python and runs in a namespace of its own, so it may compute; helper
 names start with an underscore. Everything else is refused with the reason, in one line.
 """
-from parts.process import UserError, from_hub, one_line  # noqa: F401, before torch: see there
-from parts.process import one_line_errors, open_streams, rank_and_world
+# before torch: see there
+from parts.process import (UserError, one_line, one_line_errors, open_streams,
+                           rank_and_world)
 
 import ast
 import difflib

@@ -11,7 +11,7 @@ How good are the texts? Sample a checkpoint, or take a file of texts, and measur
 Read the columns together: repetition lowers the perplexity of a judge, and entropy and distinct-4
 with it.
 """
-from configurator import UserError, check_value, configure      # first: see there
+from configurator import UserError, check_value, configure      # before torch: see there
 
 import itertools
 import math
@@ -283,9 +283,10 @@ def make_judges(judge, gpt2, meta, device):
 
 
 if __name__ == '__main__':
-    config = configure(globals())
-    if samples and (sweep or init_from):
-        raise UserError("--samples are scored as they are; drop it, or --sweep and --init_from")
+    given = set()
+    config = configure(globals(), given=given)
+    if samples and (unread := given & {'sweep', 'num_samples', 'seeds', 'compile', *SWEPT}):
+        raise UserError(f"--samples are scored as they are; drop {', '.join(sorted(unread))}")
     seeds = [check_value(globals(), 'seed', s, '--seeds') for s in seeds.split(',') if s] or [seed]
     combos = combinations(sweep, config)
     device, bf16, about = start(device, dtype)

@@ -14,7 +14,7 @@ folder of one kind of them, such as save_to_disk writes, or a hub id. The names 
 say what is train, validation and test; test never trains. Everything streams: memory does not grow
 with the data. A set appears under its name whole or not at all.
 """
-from configurator import UserError, configure, from_hub       # first: see there
+from configurator import UserError, configure       # before torch: see there
 
 import csv
 import glob
@@ -34,6 +34,7 @@ from model import ELFConfig, TextEncoder
 from parts.data import (FILES, batched, finish_swap, get_rows, load_tokenizer, open_bins,
                         open_split, read_jsonl, read_lines, read_row, sha256, write_jsonl,
                         write_split)
+from parts.process import from_hub
 from parts.toy import numbers, pydocs, save_encoder, train_tokenizer
 
 # --------------------------------------------------------------------------------------------------

@@ -93,6 +93,7 @@ def open_streams():
         if not isinstance(stream, Unwatched):
             setattr(sys, name, Unwatched(stream))
 
+
 @contextmanager
 def from_hub(what, source):
     """Around a call of a Hugging Face client: whatever it raises becomes a UserError."""

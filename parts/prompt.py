@@ -12,7 +12,7 @@ HOLE = -1       # stands for a token that the model is to write
 
 
 def encode(text, tokenizer):
-    """A text -> its ids; '</s>' and '<pad>' spelled out in it are left out, as in training."""
+    """A text -> its ids, without those of '</s>' and '<pad>' if it spells them out."""
     ids = tokenizer(text, add_special_tokens=False)['input_ids']
     return [i for i in ids if i not in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
 

@@ -13,7 +13,8 @@ from conftest import ROOT
 from huggingface_hub import errors
 from huggingface_hub.utils import httpx
 
-from configurator import UserError, configure, from_hub, one_line
+from configurator import UserError, configure
+from parts.process import from_hub, one_line
 
 SCRIPT = '''"""A script with settings."""
 import math
