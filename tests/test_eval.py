@@ -254,7 +254,8 @@ def test_settings_out_of_range(evaluate, arg):
         evaluate('--' + arg)
 
 
-@pytest.mark.parametrize('arg', ['sweep=steps=4,8', 'init_from=org/elf'])
+@pytest.mark.parametrize('arg', ['sweep=steps=4,8', 'init_from=org/elf', 'steps=4', 'cfg=2',
+                                 'num_samples=5', 'seeds=1,2', 'compile=true'])
 def test_texts_that_exist_are_not_sampled(evaluate, tmp_path, arg):
     (tmp_path / 'x.jsonl').write_text('{"text": "a"}\n')
     with pytest.raises(UserError, match='scored as they are'):
