@@ -113,7 +113,8 @@ def train_tokenizer(texts, level, size, letters_only=False):
             vocab = state['model']['vocab']
             known = {'Ġ', *string.ascii_lowercase}
             for sign in set(pre_tokenizers.ByteLevel.alphabet()) - known:
-                vocab[f'[unused{vocab[sign]}]'] = vocab.pop(sign)
+                i = vocab.pop(sign)
+                vocab[f'[unused{i}]'] = i
             tok = Tokenizer.from_str(json.dumps(state))
     else:
         pattern = r'[\s\S]' if level == 'chars' else r'[ -]?[^\W\d_]+|[\s\S]'
