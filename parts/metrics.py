@@ -310,6 +310,6 @@ def over_runs(results):
     if len(results) == 1:
         return results[0]
     columns = {key: [row[key] for row in results] for key in results[0]}
-    errors = {key: float(np.std(x, ddof=1)) / math.sqrt(len(x)) for key, x in columns.items()}
+    stderr = {key: float(np.std(x, ddof=1)) / math.sqrt(len(x)) for key, x in columns.items()}
     means = {key: mean(x) for key, x in columns.items()}
-    return means | dict(stderr=errors, by_seed=results)
+    return means | dict(stderr=stderr, by_seed=results)
