@@ -11,6 +11,8 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 
+from parts.process import rank_and_world
+
 
 def orthogonalize(x, dtype=torch.float32):
     """
@@ -44,12 +46,9 @@ def turns_on_gram(A, turns):
 
 
 class Muon(torch.optim.Optimizer):
-    """Two groups, 'muon' for the 2-D tensors, (out, in), and 'adam' for the others; one rate."""
-    def __init__(self, params, lr, ns_dtype):
+    def __init__(self, groups, lr, ns_dtype):
+        super().__init__(groups, dict(lr=lr, step=0))
         self.ns_dtype = ns_dtype
-        matrices, others = [p for p in params if p.ndim == 2], [p for p in params if p.ndim != 2]
-        groups = [dict(name='muon', params=matrices), dict(name='adam', params=others)]
-        super().__init__([g for g in groups if g['params']], dict(lr=lr, step=0))
 
     @torch.no_grad()
     def step(self):
@@ -57,9 +56,9 @@ class Muon(torch.optim.Optimizer):
         torch.set_float32_matmul_precision('highest')       # a float32 that is not TF32
         for group in self.param_groups:
             group['step'] += 1
-            params = group['params']
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            (self.step_muon if group['name'] == 'muon' else self.step_adam)(group, params, grads)
+            grads = [p.grad for p in group['params']]
+            update = self.step_muon if group['name'] == 'muon' else self.step_adam
+            update(group, group['params'], grads)
         torch.set_float32_matmul_precision(precision)
 
     def moments(self, params, name):
@@ -72,16 +71,21 @@ class Muon(torch.optim.Optimizer):
     def step_muon(self, group, params, grads):
         average = self.moments(params, 'average')
         torch._foreach_lerp_(average, grads, 1 - 0.95)
-        shares, alike = share_out(params), defaultdict(list)
-        for i in shares[rank()]:
+        # dealt to the ranks by their work, the largest first
+        rank, world = rank_and_world()
+        work = [min(p.shape) * p.numel() for p in params]
+        numbers = sorted(range(len(params)), key=work.__getitem__, reverse=True)
+        alike = defaultdict(list)
+        for i in numbers[rank::world]:
             alike[params[i].shape].append(i)
-        updates = [None] * len(params)
-        for numbers in alike.values():
-            ahead = [nesterov(average[i], grads[i], 0.95, group['step']) for i in numbers]
-            for i, u in zip(numbers, orthogonalize(torch.stack(ahead), self.ns_dtype)):
-                updates[i] = u
-        if ranks() > 1:
-            gather(params, updates, shares, self.ns_dtype)
+        updates = [torch.empty_like(p, dtype=self.ns_dtype) for p in params]
+        for same_shape in alike.values():
+            ahead = [nesterov(average[i], grads[i], 0.95, group['step']) for i in same_shape]
+            for i, update in zip(same_shape, orthogonalize(torch.stack(ahead), self.ns_dtype)):
+                updates[i].copy_(update)
+        if world > 1:
+            for turn, i in enumerate(numbers):
+                dist.broadcast(updates[i], turn % world)
         for p, u in zip(params, updates):
             p.add_(u, alpha=-group['lr'] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
@@ -104,39 +108,9 @@ def nesterov(average, grad, beta, k):
     return ahead.add_(grad, alpha=(1 - beta) / (1 - beta ** k))
 
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def ranks():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def share_out(params):
-    """The matrices dealt to the ranks by their work, the largest first -> numbers of each rank."""
-    work = [min(p.shape) * p.numel() for p in params]
-    load, shares = [0] * ranks(), [[] for _ in range(ranks())]
-    for i in sorted(range(len(params)), key=work.__getitem__, reverse=True):
-        r = load.index(min(load))
-        shares[r].append(i)
-        load[r] += work[i]
-    return shares
-
-
-def gather(params, updates, shares, dtype):
-    """Fill in the updates that other ranks have, by one transfer of equal lengths."""
-    sizes = [[params[i].numel() for i in share] for share in shares]
-    mine = params[0].new_zeros(max(map(sum, sizes)), dtype=dtype)
-    flat = [updates[i].flatten() for i in shares[rank()]]
-    if flat:
-        torch.cat(flat, out=mine[:sum(sizes[rank()])])
-    parts = [torch.empty_like(mine) for _ in shares]
-    dist.all_gather(parts, mine)
-    for share, size, part in zip(shares, sizes, parts):
-        for i, u in zip(share, part[:sum(size)].split(size)):
-            updates[i] = u.view_as(params[i])
-
-
 def make_optimizer(named_parameters, lr, ns_dtype=torch.float32):
     """Muon on the 2-D tensors, which are (out, in), Nesterov Adam on the others; one rate."""
-    return Muon([p for _, p in named_parameters if p.requires_grad], lr, ns_dtype)
+    params = [p for _, p in named_parameters if p.requires_grad]
+    groups = [dict(name='muon', params=[p for p in params if p.ndim == 2]),
+              dict(name='adam', params=[p for p in params if p.ndim != 2])]
+    return Muon(groups, lr, ns_dtype)
