@@ -91,20 +91,19 @@ MODELS = {
 # -------------------------------------------------------------------------------------------------
 # layers; modules are named as in the official PyTorch port (modules/layers.py), so its weights load
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     def __init__(self, dim):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        super().__init__(dim, eps=1e-6)
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=1e-6).to(x.dtype)
+        return super().forward(x.float()).to(x.dtype)       # also a bfloat16 x in float32
 
 
 def rope_tables(P, T, dim, device):
     """cos and sin (P+T, dim/2) of the rotary angles: the prefix at 0, the text from 0 on."""
-    freqs = 10000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
-    angles = torch.outer(torch.arange(T, device=device, dtype=torch.float32), freqs)
-    angles = F.pad(angles, (0, 0, P, 0))
+    freqs = 10000.0 ** (-torch.arange(0, dim, 2, device=device) / dim)
+    positions = (torch.arange(P + T, device=device) - P).clamp(min=0)
+    angles = torch.outer(positions, freqs)
     return angles.cos(), angles.sin()
 
 
@@ -166,7 +165,7 @@ class ScalarEmbedder(nn.Module):
         self.mlp_2 = nn.Linear(D, D)
 
     def forward(self, s):
-        i = torch.arange(128, device=s.device, dtype=torch.float32)
+        i = torch.arange(128, device=s.device)
         angles = s.float()[:, None] * torch.exp(-math.log(10000.0) / 128 * i)
         return self.mlp_2(F.silu(self.mlp_0(torch.cat((angles.cos(), angles.sin()), dim=-1))))
 
@@ -222,8 +221,7 @@ class ELF(nn.Module):
             h = self.self_cond_proj(torch.cat((z, x_prev), dim=-1).float())         # (B, T, C)
             h = self.text_proj.proj2(self.text_proj.proj1(h))                       # (B, T, D)
             time = self.t_emb_tokens + self.t_embedder(t)[:, None]                  # (B, n_time, D)
-            scale = self.self_cond_cfg_embedder(w)[:, None]
-            scale = self.self_cond_cfg_tokens + scale                              # (B, n_scale, D)
+            scale = self.self_cond_cfg_tokens + self.self_cond_cfg_embedder(w)[:, None]
             decoding = (torch.arange(B, device=z.device) >= n).float()
             mode = self.mode_tokens * decoding[:, None, None]                       # (B, n_mode, D)
             h = torch.cat((time, scale, mode, h), dim=1)                            # (B, P+T, D)
@@ -341,8 +339,8 @@ class Rows:
 
 def noise_rows(c, x0, tokens, loss_mask, cond_mask, d):
     """What compute_loss is given, d being its draws -> Rows [train_step.py, train_step]."""
-    order = torch.argsort(d.is_decode.int(), stable=True)       # on the CPU, as the flags
-    n = len(x0) - int(d.is_decode.sum())
+    order = d.is_decode.int().argsort(stable=True)              # on the CPU, as the flags
+    n = int((~d.is_decode).sum())
     guess = d.self_cond[order[:n]].nonzero()[:, 0]
     order, guess, decode, drop = (to_device(x, x0.device)
                                   for x in (order, guess, d.is_decode, d.drop_cond))
@@ -357,6 +355,17 @@ def noise_rows(c, x0, tokens, loss_mask, cond_mask, d):
     x_prev = torch.where(held, x0, 0.0)
     tensors = z, x_prev, t, d.w, x0, held, tokens, loss_mask.float()
     return Rows(n, order, guess, *(x[order] for x in tensors))
+
+
+def first_guess(net, r):
+    """The clean latents that net sees in the rows r.guess, put into r.x_prev -> (guess, T, C)."""
+    i = r.guess
+    if not len(i):
+        return r.z[i]       # no rows, no pass
+    with torch.no_grad():
+        x_u, _ = net(r.z[i], r.x_prev[i], r.t[i], r.w[i])
+    r.x_prev[i] = torch.where(r.held[i], r.x0[i], x_u)
+    return x_u
 
 
 def compute_loss(net, x0, tokens, loss_mask, cond_mask, draws):
@@ -374,20 +383,16 @@ def compute_loss(net, x0, tokens, loss_mask, cond_mask, draws):
     target = velocity(r.x0[:n], z, t, c.t_eps)                                          # (n, T, C)
 
     # a first guess from nothing, without gradient, only for the rows that will see one
-    if len(guess):
-        with torch.no_grad():
-            x_u, _ = net(z[guess], r.x_prev[guess], r.t[guess], w)                  # (guess, T, C)
-        r.x_prev[guess] = torch.where(r.held[guess], r.x0[guess], x_u)
+    x_u = first_guess(net, r)                                                       # (guess, T, C)
 
-    # the one trained pass
+    # the one trained pass: denoise rows say x0, decode rows name the tokens
     x_hat, logits = net(r.z, r.x_prev, r.t, r.w, n_decode=len(r.z) - n)
     v_hat = velocity(x_hat, z, t, c.t_eps)
 
     # guidance: the official code's guided velocity is this very pass (same input, no dropout),
     # detached
-    if len(guess):
-        v_u = velocity(x_u, z[guess], t[guess], c.t_eps)
-        target[guess] += (1 - 1 / w)[:, None, None] * (v_hat.detach()[guess] - v_u)
+    v_u = velocity(x_u, z[guess], t[guess], c.t_eps)
+    target[guess] += (1 - 1 / w)[:, None, None] * (v_hat.detach()[guess] - v_u)
 
     # one mean over the positions of all rows
     l2 = (v_hat - target).square().mean(dim=-1) * r.mask[:n]                            # (n, T)
@@ -407,17 +412,17 @@ def cross_entropy(logits, tokens):
 
 
 def estimate_flops(config, T):
-    """Floating-point operations of a training row of T tokens, without the encoder."""
-    c = config
+    """Floating-point operations of a training row of T tokens in matrices, without the encoder."""
+    c, C, D = config, config.latent_dim, config.n_embd
     N = T + c.n_time + c.n_scale + c.n_mode
-    matrices = 4 * c.n_embd**2 + 3 * c.n_embd * int(4 * c.n_embd * 2 / 3)
-    block = 2 * N * matrices + 4 * N * N * c.n_embd
-    ends = 2 * T * (2 * c.latent_dim**2 + c.bottleneck * (c.latent_dim + c.n_embd))
-    forward = c.n_layer * block + ends
-    x_head = 2 * T * c.n_embd * c.latent_dim
-    token_head = 2 * T * c.latent_dim * (c.n_embd + c.vocab_size)
-    denoise = (3 + c.self_cond_prob) * (forward + x_head)           # backward costs two forwards
-    return (1 - c.decoder_prob) * denoise + c.decoder_prob * 3 * (forward + token_head)
+    weights = 4 * D**2 + 3 * D * int(4 * D * 2 / 3)                 # of a block, each used N times
+    attention = 2 * N * N * D
+    blocks = c.n_layer * (N * weights + attention)
+    ends = T * (2 * C**2 + c.bottleneck * (C + D) + C * D)
+    token_head = T * C * (D + c.vocab_size)
+    # a product and a sum each; backward costs two forwards
+    passes = 3 + (1 - c.decoder_prob) * c.self_cond_prob
+    return 2 * (passes * (blocks + ends) + 3 * c.decoder_prob * token_head)
 
 # -------------------------------------------------------------------------------------------------
 # the frozen text encoder

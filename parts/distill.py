@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from model import ELF, cross_entropy, draw, noise_rows, velocity
+from model import ELF, cross_entropy, draw, first_guess, noise_rows, velocity
 from parts.data import check_vocabulary
 from parts.device import to_device
 from parts.process import UserError
@@ -18,19 +18,18 @@ from parts.process import UserError
 def load_teacher(config, meta, init_from):
     """The teacher that train.py's settings ask for -> frozen ELF. UserError if it cannot teach."""
     source = config['teacher']
-    if config['distill_steps'] < 1 or config['distill_substeps'] < 1:
+    if min(config['distill_steps'], config['distill_substeps']) < 1:
         raise UserError("distill_steps and distill_substeps are at least 1 with a teacher")
     if init_from == 'scratch':
-        raise UserError(f"a student starts from weights: --init_from={source}, or those of a "
-                        "student with more steps")
+        raise UserError(f"a student starts from weights, for example --init_from={source}")
     teacher = ELF.from_pretrained(source).requires_grad_(False)
     check_vocabulary(meta, teacher.config, source)
     ours = meta | config
-    for k in ('noise_scale', 'latent_mean', 'latent_std'):
-        theirs = getattr(teacher.config, k)
-        if theirs != ours[k]:
-            raise UserError(f"teacher {source} has {k}={theirs}, its student would have {ours[k]}; "
-                            "they must be alike")
+    for name in ('noise_scale', 'latent_mean', 'latent_std'):
+        theirs = getattr(teacher.config, name)
+        if theirs != ours[name]:
+            raise UserError(f"teacher {source} has {name}={theirs}, its student would have "
+                            f"{ours[name]}; they must be alike")
     return teacher
 
 
@@ -82,14 +81,8 @@ def distill_loss(teacher, steps, net, x0, tokens, loss_mask, cond_mask, draws):
     times = (1 - 1 / steps) * draws.t[:, None] + draws.stops / steps                # (B, k+1)
     c = getattr(net, 'module', net).config
     r = noise_rows(c, x0, tokens, loss_mask, cond_mask, replace(draws, t=times[:, 0]))
-    n, guess = r.n, r.guess
-
-    # the guess that both are fed first: the teacher's from nothing, on self-conditioned rows
-    if len(guess):
-        with torch.no_grad():
-            x_u = teacher.denoise(r.z[guess], r.x_prev[guess], r.t[guess], r.w[guess])
-        r.x_prev[guess] = torch.where(r.held[guess], r.x0[guess], x_u)
-
+    n = r.n
+    first_guess(teacher, r)         # the teacher's; both are fed it
     target = pd_target(teacher, r.z[:n], times[r.order[:n]], r.w[:n], r.x_prev[:n], r.x0[:n],
                        r.held[:n, :, 0])
     x_hat, logits = net(r.z, r.x_prev, r.t, r.w, n_decode=len(r.z) - n)

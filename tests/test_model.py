@@ -361,7 +361,8 @@ def test_estimated_flops_are_those_of_a_step():
     forward, backward = 256 * D + D * D, 256 * D + 2 * D * D
     embedders = 2 * 2 * ((1 + 2 / B) * forward + backward)      # of t and w, not estimated
     no_gradient_of_z = 2 * T * 2 * C * C                        # estimated
-    want = estimate_flops(c, T) + embedders - no_gradient_of_z
+    x_head = c.decoder_prob * 3 * 2 * T * C * D                 # of decode rows, estimated
+    want = estimate_flops(c, T) + embedders - no_gradient_of_z - x_head
     assert counter.get_total_flops() / B == want
 
 # --------------------------------------------------------------------------------------------------
