@@ -15,17 +15,15 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from eval import describe_val, estimate_loss, plot_losses, write_few
-from model import (ELF, SIZES, ELFConfig, TextEncoder, compute_loss, draw, encode_rows,
+from model import (ELF, NAMES, SIZES, ELFConfig, TextEncoder, compute_loss, draw, encode_rows,
                    estimate_flops)
 from parts import checkpoint as on_disk
 from parts.data import check_bins, check_vocabulary, get_rows, open_bins, row_seed, rows_at
@@ -45,7 +43,7 @@ log_interval = 10           # iterations between log lines
 eval_interval = 1000        # iterations between validations
 eval_iters = 20             # batches of a validation, all ranks; a multiple of 5, the bins of t
 save_interval = 1000        # iterations between checkpoints
-keep_interval = 0           # of those that stay, as ckpt_<iter>.pt; save_interval times n, 0 = none
+keep_interval = 0           # iterations between those that stay, as ckpt_<iter>.pt, 0 = none
 sample_interval = 5000      # iterations between a few sampled texts, 0 = never
 wandb_log = False           # also log to Weights & Biases
 wandb_project = 'elf'
@@ -99,7 +97,6 @@ warmup_iters = 9508         # half an epoch
 max_epochs = 0.0            # when set, these two override the iterations above
 warmup_epochs = 0.0
 max_minutes = 0.0           # save and stop after so long, 0 = never; so do SIGTERM and Ctrl-C
-max_bad_steps = 10          # in a row with a gradient that is not finite; each is skipped
 ema_decay = 0.9999          # of the averaged weights that sampling uses
 ema_warmup = False          # average over fewer steps at first, min(ema_decay, (1+i)/(10+i))
 # sampling defaults that the checkpoint will carry
@@ -122,8 +119,8 @@ seed = 42                   # of initial weights, row order and all draws
 CHOICES = dict(optimizer=('muon', 'adamw'), lr_schedule=('constant', 'cosine'), grid=GRIDS,
                ns_dtype=('float32', 'bfloat16'), pad_token=('pad', 'eos'), sampler=SAMPLERS)
 AT_LEAST_1 = ('batch_size', 'gradient_accumulation_steps', 'max_length', 'max_iters', 'steps',
-              'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'max_bad_steps',
-              'n_layer', 'n_embd', 'n_head', 'bottleneck', 'n_time', 'n_scale', 'n_mode')
+              'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'n_layer',
+              'n_embd', 'n_head', 'bottleneck', 'n_time', 'n_scale', 'n_mode')
 AT_MOST_1 = ('t_eps', 'self_cond_prob', 'decoder_prob', 'drop_cond_prob', 'ema_decay')
 ABOVE_0 = ('t_eps', 'w_min', 'noise_scale', 'decoder_noise_scale')
 MAY_BE_NEGATIVE = ('t_mean', 'decoder_mean')
@@ -138,24 +135,19 @@ def check(world):
     """UserError for settings that make no sense together."""
     if n_embd % n_head or n_embd // n_head % 2:
         raise UserError(f"n_embd={n_embd} does not split into n_head={n_head} heads of even width")
-    if w_min > w_max:
-        raise UserError(f"w_min={w_min} must not exceed w_max={w_max}")
     if gradient_accumulation_steps % world:
         raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} does not "
                         f"divide over {world} ranks; give a multiple of {world}")
-    if keep_interval % save_interval:
-        raise UserError(f"{keep_interval=} must be a multiple of {save_interval=}")
 
 
-def get_lr(i, config):
+def get_lr(i):
     """Learning rate of iteration i, from 0: linear warm-up from 0, then constant or cosine."""
-    peak, low, warmup = config['learning_rate'], config['min_lr'], config['warmup_iters']
-    if i < warmup:
-        return peak * i / warmup
-    if config['lr_schedule'] == 'constant':
-        return peak
-    done = min(1, (i - warmup) / max(1, config['max_iters'] - warmup))
-    return low + 0.5 * (1 + math.cos(math.pi * done)) * (peak - low)
+    if i < warmup_iters:
+        return learning_rate * i / warmup_iters
+    if lr_schedule == 'constant':
+        return learning_rate
+    done = (i - warmup_iters) / (max_iters - warmup_iters)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (learning_rate - min_lr)
 
 
 if __name__ == '__main__':
@@ -185,25 +177,27 @@ if __name__ == '__main__':
     if master:
         init_from = on_disk.where_to_start(init_from, out_dir, overwrite)
     init_from = gather(init_from)[0]
-    iter_num, path, ckpt, notes, sizes = 0, '', None, [], {}
-    if init_from == 'resume':
+    resume = init_from == 'resume'
+    iter_num, ckpt, notes = 0, {}, []
+    if resume:
         path, ckpt = on_disk.newest_checkpoint(out_dir)
-        iter_num, sizes, weights = ckpt['iter_num'], ckpt['model_args'], ckpt['model']
-        notes = on_disk.check_resume(path, ckpt, config)
+        iter_num = ckpt['iter_num']
+        notes = [f'{path} at iteration {iter_num}', *on_disk.check_resume(path, ckpt, config)]
     elif init_from != 'scratch':
         model = ELF.from_pretrained(init_from)
         check_vocabulary(meta, model.config, init_from)
-        sizes, weights = asdict(model.config), model.state_dict()
+        ckpt = dict(model_args=asdict(model.config), model=model.state_dict())
 
     # ---- model, average, optimizer --------------------------------------------------------------
     torch.manual_seed(seed)
     from_bins = ('vocab_size', 'latent_dim', 'encoder', 'tokenizer', 'latent_mean', 'latent_std')
-    c = ELFConfig(**{f.name: config[f.name] for f in fields(ELFConfig) if f.name in config}
-                  | {name: meta[name] for name in from_bins}
-                  | {name: sizes[name] for name in SIZES if sizes})     # of the weights, if any
+    sizes = ckpt.get('model_args', {})      # those of the weights, if there are any
+    settings = config | {name: meta[name] for name in from_bins}
+    settings |= {name: sizes[name] for name in SIZES if name in sizes}
+    c = ELFConfig(**{name: settings[name] for name in NAMES if name in settings})
     raw_model = ELF(c)
-    if sizes:
-        raw_model.load_state_dict(weights)
+    if ckpt:
+        raw_model.load_state_dict(ckpt['model'])
     raw_model.to(device).gradient_checkpointing = gradient_checkpointing
     ema = copy.deepcopy(raw_model).eval().requires_grad_(False)
     params = list(raw_model.parameters())
@@ -211,11 +205,11 @@ if __name__ == '__main__':
         opt = make_optimizer(raw_model.named_parameters(), learning_rate, getattr(torch, ns_dtype))
     else:
         opt = torch.optim.AdamW(params, learning_rate, betas=(0.9, 0.95),
-                                weight_decay=weight_decay, fused=device.type == 'cuda')
-    if ckpt:
+                                weight_decay=weight_decay)
+    if resume:
         ema.load_state_dict(ckpt['ema'])
         opt.load_state_dict(ckpt['optimizer'])
-    ckpt = weights = None       # their memory
+    model = ckpt = None         # their memory
     text_encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
     objective, draw_step, networks = compute_loss, draw, [raw_model, text_encoder]
     if teacher:
@@ -231,18 +225,16 @@ if __name__ == '__main__':
 
     # ---- say what was decided, begin to write ---------------------------------------------------
     n_rows = meta['rows']['train']
-    groups = ', '.join(f"{sum(p.numel() for p in g['params']):,} with {g.get('name', 'adamw')}"
-                       for g in opt.param_groups)
     print0(f"device: {about}, ranks: {world}, compile {'on' if compiled else 'off'}")
-    print0(f"model: {c.n_layer} layers of {c.n_embd}, {c.n_head} heads; parameters: {groups}")
+    print0(f"model: {c.n_layer} layers of {c.n_embd}, {c.n_head} heads; "
+           f"{sum(p.numel() for p in params):,} parameters with {optimizer}")
     print0(f"data: {meta['dir']}, {n_rows:,} rows; encoder {c.encoder}, {c.latent_dim} wide")
     print0(f"step: {batch_size} rows * {gradient_accumulation_steps} micro-batches = "
            f"{rows_per_step} rows, {rows_per_step * max_length:,} tokens; {max_iters} iterations = "
            f"{max_iters * rows_per_step / n_rows:.2f} epochs, {warmup_iters} of warm-up, "
            f"peak lr {learning_rate:.2e}")
-    begin = f'resumed {path} at iteration {iter_num}' if path else init_from
-    print0(f"start: {begin}", *notes, sep='\n  ')
-    lock, log, model_args = on_disk.begin_run(out_dir, path, config, c)
+    print0(f"start: {init_from}", *notes, sep='\n  ')
+    lock, log, model_args = on_disk.begin_run(out_dir, resume, config, c)
 
     def next_batch(iter_num, micro_step):
         """Rows and draws, by a micro-batch's number alone: the same resumed, or on more ranks."""
@@ -258,13 +250,10 @@ if __name__ == '__main__':
         with ctx:
             val = estimate_loss(raw_model, text_encoder, meta, eval_iters, batch_size, device,
                                 objective, draw_step)
-        bar.clear()
         print0(f"iter {iter_num}: {describe_val(val)}", flush=True)
         log(iter=iter_num, **{'val_' + k: v for k, v in val.items()})
 
     def save():
-        global saved
-        saved = iter_num
         if master:
             keep = keep_interval and iter_num % keep_interval == 0
             on_disk.save_checkpoint(out_dir, dict(
@@ -278,31 +267,29 @@ if __name__ == '__main__':
     # ---- the loop -------------------------------------------------------------------------------
     flops = estimate_flops(c, max_length) * rows_per_step / world
     peak = None if teacher else peak_flops(about)       # a teacher's passes are not estimated
-    bar = tqdm(total=max_iters, initial=iter_num, desc='training', disable=None if master else True)
-    saved, stopped, bad_steps, step_seconds = iter_num if path else -1, 0, 0, []
+    stopped, bad_steps, step_seconds = 0, 0, []
     note_signals()
-    if not path:
+    if not resume:
         validate()
     loader = ThreadPoolExecutor(1)
     batch = loader.submit(next_batch, iter_num, 0)
     while iter_num < max_iters and not (stopped := should_stop(started, max_minutes)):
         t0 = time.perf_counter()
-        lr = get_lr(iter_num, config)
+        lr = get_lr(iter_num)
         for group in opt.param_groups:
             group['lr'] = lr
 
         # forward and backward, micro-batch by micro-batch
         losses = defaultdict(list)
         for micro_step in range(micro_steps):
-            # must hold forward and backward, else DDP reduces in every micro-step all the same
-            last = world == 1 or micro_step == micro_steps - 1
-            with nullcontext() if last else net.no_sync():
-                rows, draws = batch.result()
-                with ctx:
-                    x0, ids, loss_mask, cond = encode_rows(text_encoder, rows, draws, c, device)
-                    loss, parts = objective(net, x0, ids, loss_mask, cond, draws)
-                batch = loader.submit(next_batch, iter_num, micro_step + 1)     # meanwhile
-                (loss / micro_steps).backward()
+            if world > 1:       # before the forward pass, or it reduces in each micro-step
+                net.require_backward_grad_sync = micro_step == micro_steps - 1
+            rows, draws = batch.result()
+            with ctx:
+                x0, ids, loss_mask, cond = encode_rows(text_encoder, rows, draws, c, device)
+                loss, parts = objective(net, x0, ids, loss_mask, cond, draws)
+            batch = loader.submit(next_batch, iter_num, micro_step + 1)     # meanwhile
+            (loss / micro_steps).backward()
             for name, value in dict(loss=loss.detach(), **parts).items():
                 losses[name].append(value)
 
@@ -319,23 +306,23 @@ if __name__ == '__main__':
             print0(f"iter {iter_num + 1}: SKIPPED, the gradient norm is {grad_norm}; "
                    f"{bad_steps} in a row", flush=True)
             log(iter=iter_num + 1, bad_steps=bad_steps, lr=lr)
-            if bad_steps == max_bad_steps:
-                break
+            if bad_steps == 10:
+                raise UserError("10 steps in a row without a finite gradient; start from the last "
+                                f"weights with --init_from={out_dir}, another --out_dir and a "
+                                "lower --learning_rate")
         opt.zero_grad(set_to_none=True)
         iter_num += 1
         step_seconds.append(time.perf_counter() - t0)
-        bar.update(1)
 
         # report, validate, save, sample
         if due(log_interval):
             x = mean_over_ranks(losses)         # reads the losses, which waits for the GPU
-            parts = ', '.join(f"{k} {v:.4f}" for k, v in x.items() if k != 'loss')
+            means = ', '.join(f"{name} {mean:.4f}" for name, mean in x.items())
             seconds = sum(step_seconds) / len(step_seconds)
             speed = rows_per_step * max_length / seconds
             mfu = f" | mfu {flops / seconds / peak:.0%}" if peak else ''
             left = seconds * (max_iters - iter_num) / 60
-            bar.clear()
-            print0(f"iter {iter_num}: loss {x['loss']:.4f} ({parts}) | grad {grad_norm:.2f} | "
+            print0(f"iter {iter_num}: {means} | grad {grad_norm:.2f} | "
                    f"lr {lr:.2e} | {seconds * 1e3:.0f} ms | {speed:,.0f} tok/s{mfu} | "
                    f"{left:.0f} min left", flush=True)
             log(iter=iter_num, **x, grad_norm=grad_norm, lr=lr, ms=seconds * 1e3,
@@ -343,26 +330,19 @@ if __name__ == '__main__':
             step_seconds.clear()
         if due(eval_interval):
             validate()
-        if due(save_interval):
+        if due(save_interval) or due(keep_interval):
             save()
         if due(sample_interval):
-            bar.clear()
             with ctx:
                 write_few(ema, text_encoder, meta, f'{out_dir}/samples_{iter_num}.jsonl', seed)
 
     # ---- the end --------------------------------------------------------------------------------
-    bar.close()
     loader.shutdown()
-    if bad_steps == max_bad_steps:
-        raise UserError(f"{bad_steps} steps in a row without a finite gradient, up to iter "
-                        f"{iter_num + 1} (lr {lr:.2e}); the last checkpoint is of iter {saved}: "
-                        f"--init_from={out_dir} starts from its weights in another --out_dir; "
-                        "lower the learning_rate")
-    if saved < iter_num:
+    if stopped:
         save()
     if master:
         plot_losses(out_dir)
-    if iter_num < max_iters:
+    if stopped:
         why = 'max_minutes' if stopped == TIME_IS_UP else signal.Signals(stopped).name
         print0(f"stopped at iteration {iter_num} ({why}), saved in {out_dir}; "
                "go on with --init_from=resume")
