@@ -182,7 +182,8 @@ if __name__ == '__main__':
     if resume:
         path, ckpt = on_disk.newest_checkpoint(out_dir)
         iter_num = ckpt['iter_num']
-        notes = [f'{path} at iteration {iter_num}', *on_disk.check_resume(path, ckpt, config)]
+        changes = on_disk.check_resume(path, ckpt, config)
+        notes = [f'resumed {path} at iteration {iter_num}', *changes]
     elif init_from != 'scratch':
         model = ELF.from_pretrained(init_from)
         check_vocabulary(meta, model.config, init_from)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pretend_gpu
 import pytest
@@ -133,20 +132,7 @@ def test_benchmark(run, monkeypatch, gpu):
                            f'--compile={REAL}'))
     assert ('cuda' if REAL else 'pretended') in report['device']
     assert report['train']['step_ms'] > 0 and report['sample']['texts_per_s'] > 0
-    parts = ['encoder', 'forward and backward', 'optimizer', 'average']
-    assert [*report['train']['parts_ms']] == parts and report['profile']['kernels']
-
-
-@pytest.mark.parametrize('system, unit', [('linux', 1024), ('darwin', 1), ('win32', None)])
-def test_the_benchmark_knows_its_memory_where_the_system_says_it(run, monkeypatch, system, unit):
-    """Windows has no module resource, and macOS counts bytes."""
-    monkeypatch.setitem(model.MODELS, 'ELF-B', TINY)
-    peak = SimpleNamespace(getrusage=lambda who: SimpleNamespace(ru_maxrss=7), RUSAGE_SELF=0)
-    monkeypatch.setitem(sys.modules, 'resource', peak if unit else None)
-    monkeypatch.setattr(sys, 'platform', system)
-    report = last_json(run('bench.py', '--what=sample', '--sample_length=8', '--runs=1',
-                           '--device=cpu'))
-    assert report['peak_bytes'] == (unit and 7 * unit)
+    assert 'aten::' in report['profile']['table']
 
 
 @pytest.mark.skipif(REAL, reason='counted on the pretended GPU')
@@ -184,7 +170,7 @@ def test_the_script_for_whoever_has_a_gpu(tmp_path):
         return [row['loss'] for row in steps[name]['curve'] if 'loss' in row]
     assert losses('two_ranks') == pytest.approx(losses('one_rank'), rel=1e-4)
     assert losses('resumed')[:6] == losses('debug') and len(losses('resumed')) == 8
-    assert len(steps['B_eager']['report']['profile']['kernels']) == 10
+    assert 'aten::' in steps['B_eager']['report']['profile']['table']
 
 # --------------------------------------------------------------------------------------------------
 # graphs of torch.compile, whose number does not depend on what compiles them

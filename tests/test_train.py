@@ -200,8 +200,8 @@ def test_ranks_must_divide_and_errors_are_one_line(tiny, tmp_path):
 
 
 def test_a_mistake_is_shown_once_by_all_ranks(tiny, tmp_path):
-    done = subprocess.run(command('train.py', *tiny, f'--out_dir={tmp_path}', '--n_head=3', ranks=2),
-                          text=True, capture_output=True, timeout=120)
+    done = subprocess.run(command('train.py', *tiny, f'--out_dir={tmp_path}', '--n_head=3',
+                                  ranks=2), text=True, capture_output=True, timeout=120)
     assert done.returncode == 1 and done.stderr.count('error: ') == 1, done.stderr
     assert 'error: n_embd=32 does not split into n_head=3' in done.stderr
 
