@@ -42,7 +42,7 @@ AT_LEAST_1 = ('batch_size', 'max_length', 'sample_batch_size', 'sample_length', 
 
 
 def timed(f, warm=1):
-    """Median seconds of f once it is warm, seconds of its first call."""
+    """Median milliseconds of f once it is warm, seconds of its first call."""
     seconds = []
     for _ in range(warm + runs):
         began = time.perf_counter()
@@ -50,7 +50,7 @@ def timed(f, warm=1):
         if device.type in ('cuda', 'mps'):
             getattr(torch, device.type).synchronize()
         seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[warm:]), seconds[0]
+    return round(1e3 * statistics.median(seconds[warm:]), 2), round(seconds[0], 1)
 
 
 def make_step(model, encoder, ctx):
@@ -81,21 +81,19 @@ def profile_step(step):
     with torch.profiler.profile() as profiler:
         step()
     events = profiler.key_averages()
-    by = 'self_device_time_total' if device.type == 'cuda' else 'self_cpu_time_total'
-    table = events.table(sort_by=by, row_limit=10)
+    column = 'self_device_time_total' if device.type == 'cuda' else 'self_cpu_time_total'
+    table = events.table(sort_by=column, row_limit=10)
     waits = {event.key: event.count for event in events if 'Synchronize' in event.key}
-    print(f"{table}\nwaits of the host, one of them this profile's: {waits}")
+    print(f"{table}\nwaits of the host, one perhaps for this profile: {waits}")
     return dict(table=table, waits=waits)
 
 
 def bench_train(step, c, peak, warm):
-    seconds, first = timed(step, warm)
-    flops = estimate_flops(c, max_length) * batch_size / seconds
-    numbers = dict(step_ms=1e3 * seconds, tokens_per_s=batch_size * max_length / seconds,
-                   first_step_s=first, tflop_per_s=flops / 1e12)
-    if peak:
-        numbers['mfu_percent'] = 100 * flops / peak
-    return numbers
+    ms, first_s = timed(step, warm)
+    flops = estimate_flops(c, max_length) * batch_size / ms * 1e3
+    mfu = f'{flops / peak:.0%}' if peak else 'not known here'
+    return dict(step_ms=ms, tokens_per_s=round(batch_size * max_length / ms * 1e3),
+                tflop_per_s=round(flops / 1e12, 2), mfu=mfu, first_step_s=first_s)
 
 
 def bench_sample(model, ctx):
@@ -103,14 +101,11 @@ def bench_sample(model, ctx):
     c, B = model.config, sample_batch_size
     z = c.noise_scale * torch.randn(B, sample_length, c.latent_dim, device=device)
     with ctx:
-        four, first = timed(lambda: generate(model, z, time_grid(4, 'quantile', c)))
-        decoding, _ = timed(lambda: decode_ids(model, z, c.w))
-    return dict(step_ms=1e3 * four / 4, decode_ms=1e3 * decoding, first_call_s=first,
-                texts_per_s=B / (c.steps * four / 4 + decoding))
-
-
-def show(title, numbers):
-    print(title + ': ' + ', '.join(f'{name} {x:,.2f}' for name, x in numbers.items()))
+        four_ms, first_s = timed(lambda: generate(model, z, time_grid(4, 'quantile', c)))
+        decode_ms, _ = timed(lambda: decode_ids(model, z, c.w))
+    text_ms = c.steps * four_ms / 4 + decode_ms
+    return dict(step_ms=four_ms / 4, decode_ms=decode_ms, first_call_s=first_s,
+                texts_per_s=round(1e3 * B / text_ms, 2))
 
 
 if __name__ == '__main__':
@@ -129,7 +124,7 @@ if __name__ == '__main__':
         step = make_step(model, encoder, ctx)
         # compiled, each count of rows is a graph of its own: most of them before the clock starts
         report['train'] = bench_train(step, c, peak_flops(about), 10 if compiled else 2)
-        show(f'train {batch_size} x {max_length}', report['train'])
+        print(f"train {batch_size} x {max_length}: {report['train']}")
         if profile:
             report['profile'] = profile_step(step)
     if 'sample' in what:
@@ -137,7 +132,7 @@ if __name__ == '__main__':
         if not compiled:
             pack_linears(model, bf16)
         report['sample'] = bench_sample(model, ctx)
-        show(f'sample {sample_batch_size} x {sample_length}', report['sample'])
+        print(f"sample {sample_batch_size} x {sample_length}: {report['sample']}")
     if device.type == 'cuda':
         report['peak_gib'] = torch.cuda.max_memory_allocated() / 2**30
         print(f"peak memory: {report['peak_gib']:.2f} GiB")
