@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from model import ELF, MODELS, TextEncoder, compute_loss, draw, encode_rows, estimate_flops
 from parts.device import autocast, compile_in_place, pack_linears, start
 from parts.muon import make_optimizer
-from sample import decode_ids, generate, time_grid
+from sample import decode, generate, time_grid
 
 # -------------------------------------------------------------------------------------------------
 what = 'train,sample'       # or one of them
@@ -152,7 +152,7 @@ def bench_sample(model, ctx):
     z = c.noise_scale * torch.randn(B, T, c.latent_dim, device=device)
     with ctx:
         four_ms, first = timed(lambda: generate(model, z, time_grid(4, 'quantile', c)))
-        decode_ms = timed(lambda: decode_ids(model, z, c.w))[0]
+        decode_ms = timed(lambda: decode(model, z, c.w))[0]
     speed = 1e3 * B / (sample_steps * four_ms / 4 + decode_ms)
     print(f"sample {B} x {T}: {four_ms / 4:,.1f} ms a step, decoding {decode_ms:,.1f} ms; "
           f"{speed:.2f} texts/s at {sample_steps} steps; first call {first:.1f} s")

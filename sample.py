@@ -22,7 +22,7 @@ from parts.checkpoint import make_out_dir
 from parts.data import batched, load_tokenizer, printable, row_seed, write_jsonl
 from parts.device import (autocast, compile_in_place, on_signals, pack_linears, rank_and_world,
                           start)
-from parts.page import MOMENTS, check_writable, make_frame, moments, show, write_page, write_svg
+from parts.page import check_writable, make_frame, moments, show, write_page
 from parts.prompt import encode_given, known_tokens, read_tasks, texts_in
 
 # -------------------------------------------------------------------------------------------------
@@ -44,10 +44,9 @@ cfg = -1.0                  # classifier-free guidance on the condition, 1 = off
 grid = ''                   # times: 'logit_normal' (random, as trained), 'quantile' (the same,
                             # without chance), 'uniform'
 seed = 1337                 # text i depends on (seed, i) alone, not on batch_size
-trace = 0                   # watch the texts (not in a terminal: the first) at this many moments;
-                            # each costs a pass more, of at most 8 rows
-html = ''                   # a page to write: the first 8 texts at 48 moments (or trace), a slider
-svg = ''                    # a moving picture to write, for a README
+trace = 0                   # a line of the first text at each of this many moments
+html = ''                   # a page to write: the first 8 texts at 48 moments (or trace), a slider;
+                            # each moment costs a pass more, of at most 8 rows
 device = 'auto'             # 'cuda', 'mps', 'cpu', 'auto' = the first of these that is there
 dtype = 'auto'              # 'float32' or 'bfloat16', 'auto' = bfloat16 where it is fast
 compile = False             # torch.compile the network: a minute first, then faster
@@ -65,8 +64,8 @@ def time_grid(steps, schedule, config, generator=None):
     'logit_normal' draws them as training does [get_sampling_steps], 'quantile' takes the quantiles
     of that distribution, 'uniform' even spaces.
     """
-    if steps < 1 or schedule not in GRIDS:
-        raise UserError(f"steps={steps}, grid={schedule!r}: at least 1, one of {', '.join(GRIDS)}")
+    if schedule not in GRIDS:
+        raise UserError(f"grid={schedule!r} is not one of {', '.join(GRIDS)}")
     if schedule == 'uniform':
         return torch.linspace(0, 1, steps + 1)
     if schedule == 'logit_normal':
@@ -155,11 +154,6 @@ def decode(model, z, w):
     return torch.cat(ids), torch.cat(p)
 
 
-def decode_ids(model, z, w):
-    """The same without p: (B, T, C) -> (B, T)."""
-    return decode(model, z, w)[0]
-
-
 def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, given=None,
                  encoder=None, watch=None):
     """
@@ -226,8 +220,6 @@ if __name__ == '__main__':
     if rank_and_world()[1] > 1:
         raise UserError("sample.py is one process: start it with python; "
                         "eval.py shares its texts among the ranks of a torchrun")
-    check_writable('html', html)
-    check_writable('svg', svg)
     device, bf16, about = start(device, dtype)
     source, model = init_from or out_dir, load_model(init_from, out_dir).to(device)
     c = model.config
@@ -239,6 +231,8 @@ if __name__ == '__main__':
         given = [task.get('input', prompt) for task in tasks]
         encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
     make_out_dir(out_dir)
+    if html:
+        check_writable('html', html)
     facts = dict(model=source, device=about, seed=seed, length=c.max_length) | sampling
     print(', '.join(f'{name}: {value}' for name, value in facts.items()))
     if not compile or not compile_in_place(model, device=device):
@@ -246,14 +240,14 @@ if __name__ == '__main__':
 
     # ---- sample ----------------------------------------------------------------------------------
     rows, frames = [], []
-    watched = moments(sampling['steps'], trace or (MOMENTS if html or svg else 0))
+    watched = moments(sampling['steps'], trace or (48 if html else 0))
 
     def take_frame(numbers, given, i, t, z):
         if numbers[0] == 0 and i in watched:
             texts = texts_in(given, *decode(model, z[:8], sampling['w']), tokenizer, c)
-            frames.append(make_frame(i, t, texts, tasks, tokenizer))
+            frames.append(make_frame(i, t, texts, tokenizer))
             if trace:
-                show(frames, sampling['steps'])
+                show(frames[-1])
 
     texts = sample_texts(model, tokenizer, range(len(tasks)), batch_size, seed, device, sampling,
                          given, encoder, take_frame)
@@ -270,13 +264,12 @@ if __name__ == '__main__':
             write_jsonl(f'{out_dir}/samples.jsonl', rows)
             print(f"{len(rows)} of {len(tasks)} texts in {out_dir}/samples.jsonl")
     if html:
-        write_page(html, frames, facts)
-    if svg:
-        write_svg(svg, frames)
+        write_page(html, frames, tasks[:8], facts)
 
     # ---- show ------------------------------------------------------------------------------------
     for row in rows:
         print(f"--- {row['id']}: {printable(row.get('input', ''))}")
-        print('\n'.join(map(printable, row['generated'].split('\n'))))
+        for line in row['generated'].split('\n'):
+            print(printable(line))
         if 'target' in row:
             print(f"target: {printable(str(row['target']))}")

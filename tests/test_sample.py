@@ -20,7 +20,7 @@ from configurator import UserError
 from model import ELF, ELFConfig
 from parts.device import pack_linears, pick_device
 from parts.prompt import texts_in
-from sample import decode, decode_ids, generate, resolve_sampling, sample_texts, time_grid
+from sample import decode, generate, resolve_sampling, sample_texts, time_grid
 
 CPU = torch.device('cpu')
 
@@ -61,7 +61,7 @@ def test_samplers_equal_the_official_ones(case, packed, official):  # noqa: F811
     z = generate(model, d['z_init'], d['t_steps'], how['sampling_method'], how['sde_gamma'], w,
                  how['cfg_scale'], d.get('cond_seq'), d.get('cond_seq_mask'), d['eps'])
     assert (z - d['z']).norm() <= 1e-5 * d['z'].norm()
-    assert torch.equal(decode_ids(model, z, w), d['ids'])
+    assert torch.equal(decode(model, z, w)[0], d['ids'])
 
 
 @pytest.mark.parametrize('sampler, gamma', [('ode', 0.0), ('sde', 1.5), ('sde', 40.0),
@@ -165,7 +165,7 @@ def test_a_gigabyte_of_logits_at_a_time():
         return z + 0 * w[:, None, None]
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=2**27), decode=decode)
     z = torch.eye(5)[:, None]
-    assert decode_ids(model, z, 3.0).tolist() == [[0], [1], [2], [3], [4]] and sizes == [2, 2, 1]
+    assert decode(model, z, 3.0)[0].tolist() == [[0], [1], [2], [3], [4]] and sizes == [2, 2, 1]
 
 # --------------------------------------------------------------------------------------------------
 # precision on a CPU
