@@ -164,8 +164,8 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, 
     starts; encoder: the TextEncoder for it. watch(numbers, ids of what is given, i, t, z) is called
     at each step of a batch, see generate.
     """
-    c, sampling = model.config, dict(sampling)
-    steps, grid = sampling.pop('steps'), sampling.pop('grid')
+    c = model.config
+    steps, sampler, gamma, w, cfg, grid = sampling.values()
     for batch in batched(numbers, batch_size):
         seeds = [row_seed(seed, i) for i in batch]
         generators = [torch.Generator(device).manual_seed(s) for s in seeds]
@@ -176,10 +176,10 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, 
         ids, known = [x.to(device) for x in known_tokens(rows, c)]
         # what is known is all that the encoder sees
         cond = encoder(ids, known, known) if given else None
-        z = generate(model, z, torch.stack(times), cond=cond, cond_mask=known,
+        z = generate(model, z, torch.stack(times), sampler, gamma, w, cfg, cond, known,
                      generators=generators, watch=watch and partial(watch, batch, rows),
-                     noisy_cond=given and not c.max_input_length, **sampling)
-        texts = texts_in(rows, *decode(model, z, sampling['w']), tokenizer, c)
+                     noisy_cond=given and not c.max_input_length)
+        texts = texts_in(rows, *decode(model, z, w), tokenizer, c)
         for i, (ids, _) in zip(batch, texts):
             row = dict(id=i, input=given[i]) if c.max_input_length else dict(id=i)
             yield row | dict(generated=tokenizer.decode(ids, skip_special_tokens=True), ids=ids)
@@ -195,14 +195,14 @@ def load_model(init_from, out_dir):
 
 def resolve_sampling(config, steps=-1, sampler='', gamma=-1, w=-1, cfg=-1, grid=''):
     """
-    Settings where given, else what the checkpoint has for that number of steps -> dict. Below 8
-    steps of which it says nothing gamma is 0: so long a step back costs more than it brings.
-    UserError for guidance without conditions.
+    Settings where given, else what the checkpoint has for that number of steps -> dict of all six,
+    in this order. Below 8 steps of which it says nothing gamma is 0: so long a step back costs more
+    than it brings. UserError for guidance without conditions.
     """
     given = dict(steps=steps, sampler=sampler, gamma=gamma, w=w, cfg=cfg, grid=grid)
     own = {name: getattr(config, name) for name in given}
     given = {name: value for name, value in given.items() if value not in (-1, '')}
-    if given.get('cfg', 1) != 1 and not config.max_input_length:
+    if cfg not in (-1, 1) and not config.max_input_length:
         raise UserError(f"cfg={cfg}: this is a model without conditions; drop it")
     steps = given.get('steps', config.steps)
     # of its own number of steps by_steps says nothing: there the checkpoint's settings are meant
@@ -232,7 +232,7 @@ if __name__ == '__main__':
         encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
     make_out_dir(out_dir)
     if html:
-        check_writable('html', html)
+        check_writable(html)
     facts = dict(model=source, device=about, seed=seed, length=c.max_length) | sampling
     print(', '.join(f'{name}: {value}' for name, value in facts.items()))
     if not compile or not compile_in_place(model, device=device):

@@ -47,13 +47,13 @@ def show(frame):
     print(line[:shutil.get_terminal_size().columns])
 
 
-def check_writable(name, file):
-    """Before the work: UserError if the file that a setting names cannot be written."""
+def check_writable(file):
+    """Before the work: UserError if a page cannot be written."""
     try:
         os.makedirs(os.path.dirname(file) or '.', exist_ok=True)
         open(file, 'a').close()
     except OSError as e:
-        raise UserError(f"{name}={file!r} cannot be written: {e.strerror}") from None
+        raise UserError(f"html={file!r} cannot be written: {e.strerror}") from None
 
 
 def write_page(file, frames, tasks, facts):
