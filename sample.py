@@ -134,8 +134,8 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
     return z
 
 
-def randn(z, generators=None):
-    """Unit normal noise of z's shape, each row from its own generator, if there are any."""
+def randn(z, generators):
+    """Unit normal noise of z's shape, each row from its own generator, unless they are None."""
     if generators is None:
         return torch.randn_like(z)
     return torch.stack([torch.randn(z.shape[1:], generator=g, device=z.device) for g in generators])
@@ -201,16 +201,16 @@ def resolve_sampling(config, steps=-1, sampler='', gamma=-1, w=-1, cfg=-1, grid=
     """
     given = dict(steps=steps, sampler=sampler, gamma=gamma, w=w, cfg=cfg, grid=grid)
     own = {name: getattr(config, name) for name in given}
-    given = {name: value for name, value in given.items() if value not in (-1, '')}
     if cfg not in (-1, 1) and not config.max_input_length:
         raise UserError(f"cfg={cfg}: this is a model without conditions; drop it")
-    steps = given.get('steps', config.steps)
+    if steps == -1:
+        steps = config.steps
     # of its own number of steps by_steps says nothing: there the checkpoint's settings are meant
     if steps != config.steps and steps in config.by_steps:
         own |= config.by_steps[steps]
     elif steps < min(8, config.steps):
         own['gamma'] = 0.0
-    return own | given
+    return own | {name: value for name, value in given.items() if value not in (-1, '')}
 
 
 if __name__ == '__main__':
