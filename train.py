@@ -72,7 +72,7 @@ n_mode = 4
 t_mean = -1.5               # of the logit-normal for t; lower spends more time near noise
 t_std = 0.8
 t_eps = 0.05                # floor of 1 - t where it divides
-noise_scale = 2.0           # belongs to 512-wide latents; 2 * sqrt(C / 512) for others
+noise_scale = 0.0           # of the noise at t=0; 0.0 = 2 * sqrt(C / 512), 2.0 for T5-small
 self_cond_prob = 0.5        # share of denoise rows that see their own first guess
 w_min = 0.5                 # guidance strengths trained on; 1 + w is log-uniform
 w_max = 5.0
@@ -80,7 +80,7 @@ w_max = 5.0
 decoder_prob = 0.2          # share of rows trained on tokens (ce), the others on latents (l2)
 decoder_mean = 0.8          # of the logit-normal share of x0 at each position
 decoder_std = 0.8
-decoder_noise_scale = 5.0   # 1.0 for the conditional tasks
+decoder_noise_scale = 0.0   # 0.0 = 5 * sqrt(C / 512); 1.0 for the published conditional tasks
 drop_cond_prob = 0.0        # share of rows that lose their condition, for CFG; 0.1 there
 # distillation (distill.py): a student that starts from weights writes in few steps
 teacher = ''                # frozen, a path or hub id; '' = none
@@ -125,7 +125,7 @@ AT_LEAST_1 = ('batch_size', 'gradient_accumulation_steps', 'max_length', 'max_it
               'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'max_bad_steps',
               'n_layer', 'n_embd', 'n_head', 'bottleneck', 'n_time', 'n_scale', 'n_mode')
 AT_MOST_1 = ('t_eps', 'self_cond_prob', 'decoder_prob', 'drop_cond_prob', 'ema_decay')
-ABOVE_0 = ('t_eps', 'w_min', 'noise_scale', 'decoder_noise_scale')
+ABOVE_0 = ('t_eps', 'w_min')
 MAY_BE_NEGATIVE = ('t_mean', 'decoder_mean')
 # and what each of these needs to be read at all
 READ_WITH = dict(
@@ -174,8 +174,11 @@ if __name__ == '__main__':
     max_iters = max(1, int(max_epochs * epoch)) if max_epochs else max_iters
     warmup_iters = int(warmup_epochs * epoch) if warmup_epochs else warmup_iters
     learning_rate = learning_rate or 0.001 * rows_per_step / 256
+    noise_scale = noise_scale or 2 * math.sqrt(meta['latent_dim'] / 512)
+    decoder_noise_scale = decoder_noise_scale or 5 * math.sqrt(meta['latent_dim'] / 512)
     # what a checkpoint keeps and a resume compares: the settings, what ran them, the bins
     config |= dict(max_iters=max_iters, warmup_iters=warmup_iters, learning_rate=learning_rate,
+                   noise_scale=noise_scale, decoder_noise_scale=decoder_noise_scale,
                    ranks=world, device=device.type, bf16=bf16, bins=on_disk.fingerprint(meta))
     if any(bins != config['bins'] for bins in gather(config['bins'])):
         raise UserError(f"the ranks see different bins in {meta['dir']}: prepare them once and "

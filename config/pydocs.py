@@ -30,7 +30,7 @@ n_time = 1                  # 12 prefix tokens would be half of each row here
 n_scale = 1
 n_mode = 1
 
-# noise belongs to the latent width: 2 * sqrt(64 / 512) and 5 * sqrt(64 / 512)
+# what 0.0 would give, rounded, as in all that was measured
 noise_scale = 0.7
 decoder_noise_scale = 1.8
 
