@@ -95,8 +95,8 @@ KNOWN = {
 # what to train them with: one's own command line adds to it
 CONFIGS = {'pydocs': 'pydocs', 'numbers': 'numbers', 'openwebtext': 'owt_elf_b',
            'wmt14_de-en': 'wmt14_de_en_elf_b', 'xsum': 'xsum_elf_b', 'tinystories': 'tinystories'}
-# of other texts, and of other pairs: with an untrained encoder, with a trained one
-CONFIGS_OF_OWN = (('pydocs', 'owt_elf_b'), ('numbers', 'wmt14_de_en_elf_b'))
+# of other texts, and of other pairs: with an untrained encoder, t5-small, another trained one
+CONFIGS_OF_OWN = (('pydocs', 'owt_elf_b', 'minilm'), ('numbers', 'wmt14_de_en_elf_b', 'numbers'))
 
 # --------------------------------------------------------------------------------------------------
 # a source: files of one kind, by split
@@ -410,9 +410,8 @@ def find_tokenizer(folder, files, names):
     return tok
 
 
-def open_encoder(tok):
-    """The encoder that is named. UserError if it is not one for the ids of the tokenizer tok."""
-    text_encoder = TextEncoder(encoder)
+def check_pair(text_encoder, tok):
+    """UserError for an encoder and a tokenizer that are not made for each other."""
     known = text_encoder.model.get_input_embeddings().num_embeddings
     if known < len(tok):
         raise UserError(f"encoder {encoder} knows {known} ids, the tokenizer has {len(tok)}; take "
@@ -420,11 +419,10 @@ def open_encoder(tok):
     try:
         own = load_tokenizer(encoder)
     except UserError:       # some lie without one
-        return text_encoder
+        return
     if own.get_vocab() != tok.get_vocab():
         raise UserError(f"encoder {encoder} has a tokenizer of its own, and {tokenizer} is another;"
                         " leave out --tokenizer")
-    return text_encoder
 
 
 def encode(texts, tok, **more):
@@ -534,8 +532,10 @@ def measure_latents(text_encoder, meta):
 
 def make_set(folder, files, names, settings):
     """All of a set but meta.json -> meta, its tokenizer."""
+    text_encoder = TextEncoder(encoder) if encoder else None
     tok = find_tokenizer(folder, files, names)
-    text_encoder = open_encoder(tok) if encoder else None
+    if encoder:
+        check_pair(text_encoder, tok)
     meta = dict(dir=folder, format=1, dtype='uint16' if len(tok) <= 65536 else 'uint32',
                 tokenizer=tokenizer or encoder or 'tokenizer', encoder=encoder or 'encoder',
                 vocab_size=len(tok), pad_id=tok.pad_token_id, eos_id=tok.eos_token_id,
@@ -602,8 +602,8 @@ def show(meta, tok, asked):
             print(f"  WARNING: {unknown:.1%} of the tokens are {tok.unk_token}, their text lost; "
                   "without --tokenizer one is trained on this text")
     known = asked == name in CONFIGS
-    made, published = CONFIGS_OF_OWN[meta['conditional']]
-    config = CONFIGS[name] if known else published if encoder else made
+    kind = 0 if not encoder else 1 if encoder == 't5-small' else 2
+    config = CONFIGS[name] if known else CONFIGS_OF_OWN[meta['conditional']][kind]
     own = (f" --dataset={shlex.quote(name)} --out_dir={shlex.quote('out/' + name)} "
            f"--max_length={meta['max_length']} "
            f"--max_input_length={np.diff(index).max()}") * (not known)

@@ -174,11 +174,8 @@ if __name__ == '__main__':
     max_iters = max(1, int(max_epochs * epoch)) if max_epochs else max_iters
     warmup_iters = int(warmup_epochs * epoch) if warmup_epochs else warmup_iters
     learning_rate = learning_rate or 0.001 * rows_per_step / 256
-    noise_scale = noise_scale or 2 * math.sqrt(meta['latent_dim'] / 512)
-    decoder_noise_scale = decoder_noise_scale or 5 * math.sqrt(meta['latent_dim'] / 512)
     # what a checkpoint keeps and a resume compares: the settings, what ran them, the bins
     config |= dict(max_iters=max_iters, warmup_iters=warmup_iters, learning_rate=learning_rate,
-                   noise_scale=noise_scale, decoder_noise_scale=decoder_noise_scale,
                    ranks=world, device=device.type, bf16=bf16, bins=on_disk.fingerprint(meta))
     if any(bins != config['bins'] for bins in gather(config['bins'])):
         raise UserError(f"the ranks see different bins in {meta['dir']}: prepare them once and "
@@ -192,6 +189,12 @@ if __name__ == '__main__':
     if init_from == 'resume':
         path, ckpt = on_disk.newest_checkpoint(out_dir)
         iter_num, sizes, weights = ckpt['iter_num'], ckpt['model_args'], ckpt['model']
+    # noise by the width of the latents, unless it is given, or that of the run that goes on
+    was = ckpt['config'] if ckpt else {}
+    for name, of_512 in dict(noise_scale=2, decoder_noise_scale=5).items():
+        by_width = of_512 * math.sqrt(meta['latent_dim'] / 512)
+        config[name] = config[name] or was.get(name, by_width)
+    if path:
         notes = on_disk.check_resume(path, ckpt, config)
     elif init_from != 'scratch':
         model = ELF.from_pretrained(init_from)
