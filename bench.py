@@ -19,7 +19,7 @@ from transformers import T5Config, T5EncoderModel
 from model import ELF, MODELS, TextEncoder, compute_loss, draw, encode_rows, estimate_flops
 from parts.device import autocast, compile_in_place, pack_linears, peak_flops, start
 from parts.muon import make_optimizer
-from sample import decode_ids, generate, time_grid
+from sample import decode, generate, time_grid
 
 # -------------------------------------------------------------------------------------------------
 what = 'train,sample'       # or one of them
@@ -102,7 +102,7 @@ def bench_sample(model, ctx):
     z = c.noise_scale * torch.randn(B, sample_length, c.latent_dim, device=device)
     with ctx:
         four_ms, first_s = timed(lambda: generate(model, z, time_grid(4, 'quantile', c)))
-        decode_ms, _ = timed(lambda: decode_ids(model, z, c.w))
+        decode_ms, _ = timed(lambda: decode(model, z, c.w))
     text_ms = c.steps * four_ms / 4 + decode_ms
     return dict(step_ms=four_ms / 4, decode_ms=decode_ms, first_call_s=first_s,
                 texts_per_s=round(1e3 * B / text_ms, 2))

@@ -18,6 +18,7 @@ shapes:
     B batch, T tokens, C latent width, D model width, H heads, P prefix tokens, V vocabulary
 """
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -28,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from parts.checkpoint import load_weights
 from parts.device import to_device
 from parts.official import check_fit, to_official_names
-from parts.process import from_hub
+from parts.process import UserError, from_hub
 
 # -------------------------------------------------------------------------------------------------
 # settings: all that rebuilds a model and its task, so that a checkpoint needs no train.py
@@ -428,17 +429,54 @@ def estimate_flops(config, T):
 # the frozen text encoder
 
 class TextEncoder(nn.Module):
-    """A T5-family encoder, hub id or folder, frozen, float32; latent_dim is its width C."""
+    """
+    A text encoder that transformers knows, hub id or folder, frozen, float32; latent_dim is its
+    width C. Families of T5 and BERT, the encoders of sequence-to-sequence models, and decoders,
+    which stay causal. UserError for a model whose attention cannot be told who sees whom.
+    """
     def __init__(self, name, latent_mean=0.0, latent_std=1.0):
         super().__init__()
-        from transformers import AutoModelForTextEncoding
-        from transformers.utils import logging
-        logging.disable_progress_bar()      # of the loading of a few tensors
-        with from_hub("no text encoder (a T5-family model)", name):
-            self.model = AutoModelForTextEncoding.from_pretrained(name, dtype=torch.float32)
+        import transformers as hf
+        hf.logging.disable_progress_bar()       # of the loading of a few tensors
+        with from_hub("no text encoder", name):
+            config = hf.AutoConfig.from_pretrained(name)
+            known = type(config) in hf.MODEL_FOR_TEXT_ENCODING_MAPPING
+            kind = hf.AutoModelForTextEncoding if known else hf.AutoModel
+            self.model = kind.from_pretrained(name, dtype=torch.float32)
+        if config.is_encoder_decoder and not known:
+            self.model = self.model.get_encoder()
         self.model.eval().requires_grad_(False)
         self.latent_mean, self.latent_std = latent_mean, latent_std
-        self.latent_dim = self.model.config.d_model
+        self.longest = self.window = math.inf
+        self.causal = self.is_causal(name)
+        # how far a token sees in some layers; how many positions there are vectors for, of which
+        # RoBERTa leaves some to padding
+        configs = [part.config for part in self.model.modules() if hasattr(part, 'config')]
+        windows = [getattr(c, 'sliding_window', None) for c in configs]
+        self.window = min(filter(None, windows), default=math.inf)
+        unused = 1 + getattr(getattr(self.model, 'embeddings', None), 'padding_idx', -1)
+        self.longest = getattr(configs[0], 'max_position_embeddings', math.inf) - unused
+
+    def is_causal(self, name):
+        """
+        Whether tokens see only those before them, found by trying: under its mask a whole row must
+        give what the model gives without one, and a condition what it gives alone. UserError.
+        """
+        ids = torch.arange(3, 19).view(2, 8) % self.model.get_input_embeddings().num_embeddings
+        all_of_it, condition = torch.ones(2, 8), torch.arange(8).expand(2, 8) < 4
+        whole, alone, errors = self(ids), self(ids[:, :4]), {}
+        self.latent_dim = whole.shape[-1]
+        for self.causal in (False, True):
+            with suppress(Exception):       # each model that takes no such mask raises its own kind
+                masked = self(ids, all_of_it)
+                apart = self(ids, all_of_it, condition)[:, :4]
+                errors[self.causal] = max(
+                    (masked - whole).abs().mean(), (apart - alone).abs().mean())
+        best = min(errors, key=errors.get, default=None)
+        if best is None or errors[best] > 1e-4 * whole.abs().mean():
+            raise UserError(f"{name} is no encoder for ELF: its attention does not take a mask of "
+                            "who sees whom, which keeps conditions apart; take one like T5 or BERT")
+        return best
 
     def train(self, mode=True):
         return self     # dropout stays off, whatever the module around it does
@@ -449,10 +487,17 @@ class TextEncoder(nn.Module):
         ids (B, T), valid_mask (B, T) no padding, cond_mask (B, T) the condition, drop_cond (B,)
         -> latents (B, T, C). Condition positions attend to the condition, all others to every
         valid position, or in drop_cond rows to all but the condition. Padding is never attended
-        to, but gets latents. valid_mask None: all is valid. [utils/encoder_utils.py]
+        to, but gets latents. valid_mask None: all is valid. UserError for rows that are too long.
+        [utils/encoder_utils.py]
         """
-        mask = None
-        if valid_mask is not None:
+        T, mask = ids.shape[1], None
+        limit = self.longest if cond_mask is None else min(self.longest, self.window)
+        if T > limit:
+            raise UserError(f"rows of {T} tokens are too long for this encoder, which takes {limit}"
+                            + " with conditions" * (cond_mask is not None))
+        if valid_mask is not None and T > self.window:
+            mask = valid_mask.long()        # the model makes its own mask of it, with the window
+        elif valid_mask is not None:
             see = valid_mask.bool()[:, None, :]                     # (B, 1 or T query, T key)
             if cond_mask is not None:
                 query, key = cond_mask.bool()[:, :, None], cond_mask.bool()[:, None, :]
@@ -460,6 +505,8 @@ class TextEncoder(nn.Module):
                 if drop_cond is not None:
                     drop = to_device(drop_cond, ids.device)[:, None, None]
                     see = see & ~(drop & ~query & key)
+            if self.causal:
+                see = see & torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
             # additive floats in 4-D: the one form that is right under every attention of
             # transformers 5
             mask = torch.zeros(see.shape, device=ids.device)

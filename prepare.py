@@ -51,10 +51,10 @@ letters_only = True     # texts: a-z, lower-case, and single spaces, the easiest
 max_length = 24         # texts: tokens per row, its EOS included
 pack = 'words'          # texts: rows of whole 'words' or 'paragraphs', or one of 'texts' or 'lines'
 val_fraction = 0.05     # set aside, spread evenly: rows, texts, or blocks of about 2,000 characters
-tokenizer = ''          # hub id or folder, '' = train one on the text and save it beside the bins
+tokenizer = ''          # hub id or folder, '' = the encoder's own; with no encoder, train one
 token_level = 'subwords'    # of a trained one: 'chars', 'words', or 'subwords', mostly whole words
 vocab_size = 6000       # of trained subwords
-encoder = ''            # T5-family hub id or folder, '' = a small untrained one beside the bins
+encoder = ''            # text encoder, hub id or folder, '' = a small untrained one beside the bins
 encoder_dim = 64        # its width C: the width of the latents
 encoder_layers = 0      # 0 = a vector per token, whatever stands around it
 latent_std = 0.0        # of the encoder's outputs, around 0; 0.0 = measured (but t5-small: 0.2)
@@ -95,8 +95,8 @@ KNOWN = {
 # what to train them with: one's own command line adds to it
 CONFIGS = {'pydocs': 'pydocs', 'numbers': 'numbers', 'openwebtext': 'owt_elf_b',
            'wmt14_de-en': 'wmt14_de_en_elf_b', 'xsum': 'xsum_elf_b', 'tinystories': 'tinystories'}
-# of other texts, and of other pairs: with an untrained encoder, with a trained one
-CONFIGS_OF_OWN = (('pydocs', 'owt_elf_b'), ('numbers', 'wmt14_de_en_elf_b'))
+# of other texts, and of other pairs: with an untrained encoder, t5-small, another trained one
+CONFIGS_OF_OWN = (('pydocs', 'owt_elf_b', 'minilm'), ('numbers', 'wmt14_de_en_elf_b', 'numbers'))
 
 # --------------------------------------------------------------------------------------------------
 # a source: files of one kind, by split
@@ -394,8 +394,9 @@ def plain(text):
 
 def find_tokenizer(folder, files, names):
     """The tokenizer that is named, else one trained on the texts and saved in folder."""
-    path = tokenizer or os.path.join(folder, 'tokenizer')
-    if not tokenizer:
+    named = tokenizer or encoder
+    path = named or os.path.join(folder, 'tokenizer')
+    if not named:
         if 'ids' in names[-1]:
             raise UserError("the dataset holds ids; name the tokenizer they are from, "
                             "for example --tokenizer=t5-small")
@@ -404,9 +405,24 @@ def find_tokenizer(folder, files, names):
         train_tokenizer(texts, token_level, vocab_size, letters_only).save_pretrained(path)
     tok = load_tokenizer(path)
     if not tok.is_fast or tok.pad_token_id is None or tok.eos_token_id is None:
-        raise UserError(f"tokenizer {tokenizer!r} has no pad or EOS token, or no fast version; "
-                        "take a T5 one")
+        raise UserError(f"tokenizer {path!r} has no pad token, no EOS or SEP, or no fast version; "
+                        "take another, or save it with a pad_token of its vocabulary")
     return tok
+
+
+def check_pair(text_encoder, tok):
+    """UserError for an encoder and a tokenizer that are not made for each other."""
+    known = text_encoder.model.get_input_embeddings().num_embeddings
+    if known < len(tok):
+        raise UserError(f"encoder {encoder} knows {known} ids, the tokenizer has {len(tok)}; take "
+                        "the encoder's own tokenizer")
+    try:
+        own = load_tokenizer(encoder)
+    except UserError:       # some lie without one
+        return
+    if own.get_vocab() != tok.get_vocab():
+        raise UserError(f"encoder {encoder} has a tokenizer of its own, and {tokenizer} is another;"
+                        " leave out --tokenizer")
 
 
 def encode(texts, tok, **more):
@@ -516,13 +532,12 @@ def measure_latents(text_encoder, meta):
 
 def make_set(folder, files, names, settings):
     """All of a set but meta.json -> meta, its tokenizer."""
-    tok = find_tokenizer(folder, files, names)
     text_encoder = TextEncoder(encoder) if encoder else None
-    if encoder and text_encoder.model.config.vocab_size < len(tok):
-        raise UserError(f"encoder {encoder} knows {text_encoder.model.config.vocab_size} ids, "
-                        f"the tokenizer has {len(tok)}; take the encoder's own tokenizer")
+    tok = find_tokenizer(folder, files, names)
+    if encoder:
+        check_pair(text_encoder, tok)
     meta = dict(dir=folder, format=1, dtype='uint16' if len(tok) <= 65536 else 'uint32',
-                tokenizer=tokenizer or 'tokenizer', encoder=encoder or 'encoder',
+                tokenizer=tokenizer or encoder or 'tokenizer', encoder=encoder or 'encoder',
                 vocab_size=len(tok), pad_id=tok.pad_token_id, eos_id=tok.eos_token_id,
                 conditional=len(names) == 2, max_length=0, rows={}, tokens={}, columns=names,
                 source=settings, first_file=files['train'][0])      # of the hub: with its commit
@@ -587,8 +602,8 @@ def show(meta, tok, asked):
             print(f"  WARNING: {unknown:.1%} of the tokens are {tok.unk_token}, their text lost; "
                   "without --tokenizer one is trained on this text")
     known = asked == name in CONFIGS
-    made, published = CONFIGS_OF_OWN[meta['conditional']]
-    config = CONFIGS[name] if known else published if encoder else made
+    kind = 0 if not encoder else 1 if encoder == 't5-small' else 2
+    config = CONFIGS[name] if known else CONFIGS_OF_OWN[meta['conditional']][kind]
     own = (f" --dataset={shlex.quote(name)} --out_dir={shlex.quote('out/' + name)} "
            f"--max_length={meta['max_length']} "
            f"--max_input_length={np.diff(index).max()}") * (not known)

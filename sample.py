@@ -22,7 +22,7 @@ from parts.checkpoint import make_out_dir
 from parts.data import batched, load_tokenizer, printable, row_seed, write_jsonl
 from parts.device import (autocast, compile_in_place, on_signals, pack_linears, rank_and_world,
                           start)
-from parts.page import MOMENTS, check_writable, make_frame, moments, show, write_page, write_svg
+from parts.page import check_writable, make_frame, moments, show, write_page
 from parts.prompt import encode_given, known_tokens, read_tasks, texts_in
 
 # -------------------------------------------------------------------------------------------------
@@ -44,10 +44,9 @@ cfg = -1.0                  # classifier-free guidance on the condition, 1 = off
 grid = ''                   # times: 'logit_normal' (random, as trained), 'quantile' (the same,
                             # without chance), 'uniform'
 seed = 1337                 # text i depends on (seed, i) alone, not on batch_size
-trace = 0                   # watch the texts (not in a terminal: the first) at this many moments;
-                            # each costs a pass more, of at most 8 rows
-html = ''                   # a page to write: the first 8 texts at 48 moments (or trace), a slider
-svg = ''                    # a moving picture to write, for a README
+trace = 0                   # a line of the first text at each of this many moments
+html = ''                   # a page to write: the first 8 texts at 48 moments (or trace), a slider;
+                            # each moment costs a pass more, of at most 8 rows
 device = 'auto'             # 'cuda', 'mps', 'cpu', 'auto' = the first of these that is there
 dtype = 'auto'              # 'float32' or 'bfloat16', 'auto' = bfloat16 where it is fast
 compile = False             # torch.compile the network: a minute first, then faster
@@ -65,8 +64,8 @@ def time_grid(steps, schedule, config, generator=None):
     'logit_normal' draws them as training does [get_sampling_steps], 'quantile' takes the quantiles
     of that distribution, 'uniform' even spaces.
     """
-    if steps < 1 or schedule not in GRIDS:
-        raise UserError(f"steps={steps}, grid={schedule!r}: at least 1, one of {', '.join(GRIDS)}")
+    if schedule not in GRIDS:
+        raise UserError(f"grid={schedule!r} is not one of {', '.join(GRIDS)}")
     if schedule == 'uniform':
         return torch.linspace(0, 1, steps + 1)
     if schedule == 'logit_normal':
@@ -135,8 +134,8 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
     return z
 
 
-def randn(z, generators=None):
-    """Unit normal noise of z's shape, each row from its own generator, if there are any."""
+def randn(z, generators):
+    """Unit normal noise of z's shape, each row from its own generator, unless they are None."""
     if generators is None:
         return torch.randn_like(z)
     return torch.stack([torch.randn(z.shape[1:], generator=g, device=z.device) for g in generators])
@@ -155,11 +154,6 @@ def decode(model, z, w):
     return torch.cat(ids), torch.cat(p)
 
 
-def decode_ids(model, z, w):
-    """The same without p: (B, T, C) -> (B, T)."""
-    return decode(model, z, w)[0]
-
-
 def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, given=None,
                  encoder=None, watch=None):
     """
@@ -170,8 +164,8 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, 
     starts; encoder: the TextEncoder for it. watch(numbers, ids of what is given, i, t, z) is called
     at each step of a batch, see generate.
     """
-    c, sampling = model.config, dict(sampling)
-    steps, grid = sampling.pop('steps'), sampling.pop('grid')
+    c = model.config
+    steps, sampler, gamma, w, cfg, grid = sampling.values()
     for batch in batched(numbers, batch_size):
         seeds = [row_seed(seed, i) for i in batch]
         generators = [torch.Generator(device).manual_seed(s) for s in seeds]
@@ -182,10 +176,10 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, 
         ids, known = [x.to(device) for x in known_tokens(rows, c)]
         # what is known is all that the encoder sees
         cond = encoder(ids, known, known) if given else None
-        z = generate(model, z, torch.stack(times), cond=cond, cond_mask=known,
+        z = generate(model, z, torch.stack(times), sampler, gamma, w, cfg, cond, known,
                      generators=generators, watch=watch and partial(watch, batch, rows),
-                     noisy_cond=given and not c.max_input_length, **sampling)
-        texts = texts_in(rows, *decode(model, z, sampling['w']), tokenizer, c)
+                     noisy_cond=given and not c.max_input_length)
+        texts = texts_in(rows, *decode(model, z, w), tokenizer, c)
         for i, (ids, _) in zip(batch, texts):
             row = dict(id=i, input=given[i]) if c.max_input_length else dict(id=i)
             yield row | dict(generated=tokenizer.decode(ids, skip_special_tokens=True), ids=ids)
@@ -201,22 +195,22 @@ def load_model(init_from, out_dir):
 
 def resolve_sampling(config, steps=-1, sampler='', gamma=-1, w=-1, cfg=-1, grid=''):
     """
-    Settings where given, else what the checkpoint has for that number of steps -> dict. Below 8
-    steps of which it says nothing gamma is 0: so long a step back costs more than it brings.
-    UserError for guidance without conditions.
+    Settings where given, else what the checkpoint has for that number of steps -> dict of all six,
+    in this order. Below 8 steps of which it says nothing gamma is 0: so long a step back costs more
+    than it brings. UserError for guidance without conditions.
     """
     given = dict(steps=steps, sampler=sampler, gamma=gamma, w=w, cfg=cfg, grid=grid)
     own = {name: getattr(config, name) for name in given}
-    given = {name: value for name, value in given.items() if value not in (-1, '')}
-    if given.get('cfg', 1) != 1 and not config.max_input_length:
+    if cfg not in (-1, 1) and not config.max_input_length:
         raise UserError(f"cfg={cfg}: this is a model without conditions; drop it")
-    steps = given.get('steps', config.steps)
+    if steps == -1:
+        steps = config.steps
     # of its own number of steps by_steps says nothing: there the checkpoint's settings are meant
     if steps != config.steps and steps in config.by_steps:
         own |= config.by_steps[steps]
     elif steps < min(8, config.steps):
         own['gamma'] = 0.0
-    return own | given
+    return own | {name: value for name, value in given.items() if value not in (-1, '')}
 
 
 if __name__ == '__main__':
@@ -226,8 +220,6 @@ if __name__ == '__main__':
     if rank_and_world()[1] > 1:
         raise UserError("sample.py is one process: start it with python; "
                         "eval.py shares its texts among the ranks of a torchrun")
-    check_writable('html', html)
-    check_writable('svg', svg)
     device, bf16, about = start(device, dtype)
     source, model = init_from or out_dir, load_model(init_from, out_dir).to(device)
     c = model.config
@@ -239,6 +231,8 @@ if __name__ == '__main__':
         given = [task.get('input', prompt) for task in tasks]
         encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
     make_out_dir(out_dir)
+    if html:
+        check_writable(html)
     facts = dict(model=source, device=about, seed=seed, length=c.max_length) | sampling
     print(', '.join(f'{name}: {value}' for name, value in facts.items()))
     if not compile or not compile_in_place(model, device=device):
@@ -246,14 +240,14 @@ if __name__ == '__main__':
 
     # ---- sample ----------------------------------------------------------------------------------
     rows, frames = [], []
-    watched = moments(sampling['steps'], trace or (MOMENTS if html or svg else 0))
+    watched = moments(sampling['steps'], trace or (48 if html else 0))
 
     def take_frame(numbers, given, i, t, z):
         if numbers[0] == 0 and i in watched:
             texts = texts_in(given, *decode(model, z[:8], sampling['w']), tokenizer, c)
-            frames.append(make_frame(i, t, texts, tasks, tokenizer))
+            frames.append(make_frame(i, t, texts, tokenizer))
             if trace:
-                show(frames, sampling['steps'])
+                show(frames[-1])
 
     texts = sample_texts(model, tokenizer, range(len(tasks)), batch_size, seed, device, sampling,
                          given, encoder, take_frame)
@@ -270,13 +264,12 @@ if __name__ == '__main__':
             write_jsonl(f'{out_dir}/samples.jsonl', rows)
             print(f"{len(rows)} of {len(tasks)} texts in {out_dir}/samples.jsonl")
     if html:
-        write_page(html, frames, facts)
-    if svg:
-        write_svg(svg, frames)
+        write_page(html, frames, tasks[:8], facts)
 
     # ---- show ------------------------------------------------------------------------------------
     for row in rows:
         print(f"--- {row['id']}: {printable(row.get('input', ''))}")
-        print('\n'.join(map(printable, row['generated'].split('\n'))))
+        for line in row['generated'].split('\n'):
+            print(printable(line))
         if 'target' in row:
             print(f"target: {printable(str(row['target']))}")

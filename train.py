@@ -70,7 +70,7 @@ n_mode = 4
 t_mean = -1.5               # of the logit-normal for t; lower spends more time near noise
 t_std = 0.8
 t_eps = 0.05                # floor of 1 - t where it divides
-noise_scale = 2.0           # belongs to 512-wide latents; 2 * sqrt(C / 512) for others
+noise_scale = 0.0           # of the noise at t=0; 0.0 = 2 * sqrt(C / 512), 2.0 for T5-small
 self_cond_prob = 0.5        # share of denoise rows that see their own first guess
 w_min = 0.5                 # guidance strengths trained on; 1 + w is log-uniform
 w_max = 5.0
@@ -78,7 +78,7 @@ w_max = 5.0
 decoder_prob = 0.2          # share of rows trained on tokens (ce), the others on latents (l2)
 decoder_mean = 0.8          # of the logit-normal share of x0 at each position
 decoder_std = 0.8
-decoder_noise_scale = 5.0   # 1.0 for the conditional tasks
+decoder_noise_scale = 0.0   # 0.0 = 5 * sqrt(C / 512); 1.0 for the published conditional tasks
 drop_cond_prob = 0.0        # share of rows that lose their condition, for CFG; 0.1 there
 # distillation (distill.py): a student that starts from weights writes in few steps
 teacher = ''                # frozen, a path or hub id; '' = none
@@ -122,7 +122,7 @@ AT_LEAST_1 = ('batch_size', 'gradient_accumulation_steps', 'max_length', 'max_it
               'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'n_layer',
               'n_embd', 'n_head', 'bottleneck', 'n_time', 'n_scale', 'n_mode')
 AT_MOST_1 = ('t_eps', 'self_cond_prob', 'decoder_prob', 'drop_cond_prob', 'ema_decay')
-ABOVE_0 = ('t_eps', 'w_min', 'noise_scale', 'decoder_noise_scale')
+ABOVE_0 = ('t_eps', 'w_min')
 MAY_BE_NEGATIVE = ('t_mean', 'decoder_mean')
 # and what each of these needs to be read at all
 READ_WITH = dict(
@@ -178,13 +178,14 @@ if __name__ == '__main__':
         init_from = on_disk.where_to_start(init_from, out_dir, overwrite)
     init_from = gather(init_from)[0]
     resume = init_from == 'resume'
-    iter_num, ckpt, notes = 0, {}, []
-    if resume:
-        path, ckpt = on_disk.newest_checkpoint(out_dir)
-        iter_num = ckpt['iter_num']
-        changes = on_disk.check_resume(path, ckpt, config)
-        notes = [f'resumed {path} at iteration {iter_num}', *changes]
-    elif init_from != 'scratch':
+    path, ckpt = on_disk.newest_checkpoint(out_dir) if resume else ('', {})
+    iter_num, was = ckpt.get('iter_num', 0), ckpt.get('config', {})
+    # noise by the width of the latents, unless it is given, or that of the run that goes on
+    width = math.sqrt(meta['latent_dim'] / 512)
+    config['noise_scale'] = noise_scale or was.get('noise_scale', 2 * width)
+    config['decoder_noise_scale'] = decoder_noise_scale or was.get('decoder_noise_scale', 5 * width)
+    notes = on_disk.check_resume(path, ckpt, config) if resume else []
+    if init_from not in ('resume', 'scratch'):
         model = ELF.from_pretrained(init_from)
         check_vocabulary(meta, model.config, init_from)
         ckpt = dict(model_args=asdict(model.config), model=model.state_dict())
@@ -234,7 +235,8 @@ if __name__ == '__main__':
            f"{rows_per_step} rows, {rows_per_step * max_length:,} tokens; {max_iters} iterations = "
            f"{max_iters * rows_per_step / n_rows:.2f} epochs, {warmup_iters} of warm-up, "
            f"peak lr {learning_rate:.2e}")
-    print0(f"start: {init_from}", *notes, sep='\n  ')
+    begin = f'resumed {path} at iteration {iter_num}' if resume else init_from
+    print0(f"start: {begin}", *notes, sep='\n  ')
     lock, log, model_args = on_disk.begin_run(out_dir, resume, config, c)
 
     def next_batch(iter_num, micro_step):

@@ -17,8 +17,6 @@ n_layer = 6
 n_embd = 384
 n_head = 6
 bottleneck = 64
-noise_scale = 1.0           # 2 * sqrt(128 / 512)
-decoder_noise_scale = 2.5
 
 learning_rate = 0.004
 lr_schedule = 'cosine'

@@ -30,10 +30,6 @@ n_time = 1                  # 12 prefix tokens would be half of each row here
 n_scale = 1
 n_mode = 1
 
-# noise belongs to the latent width: 2 * sqrt(64 / 512) and 5 * sqrt(64 / 512)
-noise_scale = 0.7
-decoder_noise_scale = 1.8
-
 learning_rate = 0.008       # small matrices bear more than the recipe's 0.002
 lr_schedule = 'cosine'
 max_iters = 1600

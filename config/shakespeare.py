@@ -25,8 +25,6 @@ bottleneck = 64
 n_time = 1
 n_scale = 1
 n_mode = 1
-noise_scale = 0.7                   # as the demo's
-decoder_noise_scale = 1.8
 
 learning_rate = 0.006
 lr_schedule = 'cosine'

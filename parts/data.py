@@ -205,6 +205,11 @@ def load_tokenizer(name, vocab_size=None):
     from transformers import AutoTokenizer
     with from_hub("no tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
+    # of a folder without one transformers makes a tokenizer that knows nothing
+    if len(tokenizer) <= 1 + len(tokenizer.all_special_ids):
+        raise UserError(f"no tokenizer in {name!r}")
+    if tokenizer.eos_token is None:         # BERT ends with [SEP]
+        tokenizer.eos_token = tokenizer.sep_token
     if vocab_size and len(tokenizer) > vocab_size:
         raise UserError(f"tokenizer {name!r} has {len(tokenizer)} ids, the model's vocabulary "
                         f"{vocab_size}; it is not the one that the model was trained with")

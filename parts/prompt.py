@@ -39,8 +39,9 @@ def unknown_in(text, tokenizer):
     """What of a text the tokenizer does not know, or takes for a special token -> spaced."""
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = zip(coded['input_ids'], coded['offset_mapping'])
-    unknown = dict.fromkeys(span for i, span in spans if i in tokenizer.all_special_ids)
-    return ' '.join(text[a:b] for a, b in unknown)      # once, where a sign is several tokens
+    # a set: a sign may be several tokens
+    unknown = {span for i, span in spans if i in tokenizer.all_special_ids}
+    return ' '.join(text[a:b] for a, b in sorted(unknown))
 
 
 def read_tasks(config, named, source, tokenizer, c):
@@ -49,29 +50,31 @@ def read_tasks(config, named, source, tokenizer, c):
     -> a dict for each text: with conditions 'input', perhaps 'target'. UserError for what it cannot
     take; what it does not know, or cuts, of conditions is said.
     """
-    takes, kind = (set(), {'prompt'}), 'without conditions; it takes --prompt="..."'
-    if c.max_input_length:
-        takes = {'input'}, {'input_file'}
-        kind = 'with conditions; give --input="..." or --input_file=x.jsonl'
-    if named & {'input', 'input_file', 'prompt'} not in takes:
-        raise UserError(f"{source} is a model {kind}")
-    count, file = config['num_samples'], config['input_file']
+    asked, count = named & {'input', 'input_file', 'prompt'}, config['num_samples']
     if not c.max_input_length:
+        if asked - {'prompt'}:
+            raise UserError(f"{source} is a model without conditions; it takes --prompt")
         check_prompt(config['prompt'], tokenizer, c)
         return [{}] * count
 
-    rows = read_inputs(file) if file else [config]
-    texts = [row['input'] for row in rows]
+    if asked not in ({'input'}, {'input_file'}):
+        raise UserError(f"{source} is a model with conditions; give --input or --input_file")
+    rows = read_inputs(config['input_file']) if 'input_file' in asked else [config]
+    tasks = [{k: row[k] for k in ('input', 'target') if k in row} for row in rows]
+    check_inputs([task['input'] for task in tasks], tokenizer, c)
+    return [tasks[i % len(tasks)] for i in range(count)] if 'num_samples' in named else tasks
+
+
+def check_inputs(texts, tokenizer, c):
+    """Say what of conditions the model does not know, and what it will not read."""
     unknown = [found for text in texts if (found := unknown_in(text, tokenizer))]
     if unknown:
         print(f"{len(unknown)} of {len(texts)} conditions have what the model was not trained on "
               f"and cannot read, such as {unknown[0]!r}")
     longest = 1 + max(len(encode(text, tokenizer)) for text in texts)
     if longest > c.max_input_length:
-        print(f"the longest condition has {longest} tokens with its EOS, more than the model was "
-              f"trained on; it reads the first {c.max_input_length}")
-    tasks = [{k: row[k] for k in ('input', 'target') if k in row} for row in rows]
-    return [tasks[i % len(tasks)] for i in range(count)] if 'num_samples' in named else tasks
+        print(f"the longest condition has {longest} tokens with its EOS; the model reads "
+              f"{c.max_input_length}, as in training")
 
 
 def check_prompt(text, tokenizer, c):
@@ -101,8 +104,7 @@ def texts_in(given, ids, p, tokenizer, c):
             if row[i] != HOLE:
                 ids[i], p[i] = row[i], 1.0
         first = len(row) if c.max_input_length else 0
-        last = first + c.max_length - c.max_input_length
-        said = cut_at_eos(ids[len(row):last], tokenizer.eos_token_id)
-        last = len(row) + len(said)
+        said = ids[len(row):first + c.max_length - c.max_input_length]
+        last = len(row) + len(cut_at_eos(said, tokenizer.eos_token_id))
         texts.append((ids[first:last], p[first:last]))
     return texts

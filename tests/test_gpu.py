@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 import model
 from model import ELFConfig, compute_loss, draw
 from parts.muon import make_optimizer
-from sample import decode_ids, generate, time_grid
+from sample import decode, generate, time_grid
 
 REAL = torch.cuda.is_available()
 TINY = ELFConfig(n_layer=1, n_embd=64, n_head=2, vocab_size=100)
@@ -58,7 +58,7 @@ def loss_gradients_and_texts(device):
     loss.backward()
     times = time_grid(4, 'quantile', net.config)
     z = generate(net, z, times, cfg=2.0, cond=x0, cond_mask=cond, step_noise=noise)
-    return [loss, *(p.grad for p in net.parameters()), z, decode_ids(net, z, 3.0)]
+    return [loss, *(p.grad for p in net.parameters()), z, decode(net, z, 3.0)[0]]
 
 
 def updates(device):
@@ -195,7 +195,7 @@ def test_one_graph_for_all_steps_of_a_sampler(sampler, cfg):
         generators = [torch.Generator().manual_seed(i) for i in range(rows)]
         z = generate(net, torch.randn(rows, 6, c.latent_dim), times, sampler, cfg=cfg,
                      generators=generators)
-        decode_ids(net, z, 3.0)
+        decode(net, z, 3.0)[0]
         assert counters['stats']['unique_graphs'] == graphs and not counters['graph_break']
 
 

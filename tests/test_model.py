@@ -208,7 +208,7 @@ def test_rows_without_padding_and_condition_need_no_mask():
 
 
 def test_text_encoder_must_exist(tmp_path):
-    with pytest.raises(UserError, match='no text encoder .*is no file or folder here'):
+    with pytest.raises(UserError, match='no text encoder: .*is no file or folder here'):
         TextEncoder(str(tmp_path / 'none'))
 
 # --------------------------------------------------------------------------------------------------

@@ -143,20 +143,21 @@ def test_the_same_twice_and_another_encoder_with_another_seed(make, tmp_path, te
     assert changed == {'encoder/model.safetensors'} and c['latent_std'] != a['latent_std']
 
 
-def test_latents_measured_given_and_published(make, tmp_path, text, bins, monkeypatch):
+def test_latents_measured_given_and_published(make, tmp_path, text, bins, tok, monkeypatch):
     file = write(tmp_path / 'my.txt', text)
     given = make(file, '--latent_std=0.5')
     assert (given['latent_mean'], given['latent_std']) == (0.0, 0.5)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(bins / 'tiny' / 'encoder', 't5-small')      # by this name the published hold
-    published = make(file, '--encoder=t5-small', '--token_level=chars')
+    published = make(file, '--encoder=t5-small', tok[0])
     assert (published['latent_mean'], published['latent_std']) == (0.0, 0.2)
 
 
 def test_an_encoder_that_knows_fewer_ids_is_refused_at_once(make, tmp_path, text, tok):
     with pytest.raises(UserError, match='knows 30 ids, the tokenizer has 4'):
-        make(write(tmp_path / 'my.txt', text), tok[1], *SUBWORDS[:3])
-    assert nothing_made(tmp_path)
+        meta = make(write(tmp_path / 'other.txt', text), *SUBWORDS[:3])
+        make(write(tmp_path / 'my.txt', text), tok[1], f"--tokenizer={meta['tokenizer']}")
+    assert os.listdir(tmp_path / 'data') == ['other']
 
 
 def test_tokens_with_the_same_neighbours_have_like_vectors(make, tmp_path):

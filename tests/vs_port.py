@@ -29,7 +29,7 @@ from configurator import UserError, configure
 from parts.device import autocast, compile_in_place, pack_linears, pick_device
 from model import ELF, MODELS, TextEncoder, compute_loss, draw, encode_rows
 from parts.muon import make_optimizer
-from sample import decode_ids, generate, time_grid
+from sample import decode, generate, time_grid
 
 # -------------------------------------------------------------------------------------------------
 port = ''                   # checkout of the port (measured: commit b29d883)
@@ -163,7 +163,7 @@ def our_sampling(model, c, z, times, ctx):
     """A function that samples one batch."""
     def run():
         with ctx:
-            decode_ids(model, generate(model, z, times, gamma=c.gamma, w=c.w), c.w)
+            decode(model, generate(model, z, times, gamma=c.gamma, w=c.w), c.w)
     return run
 
 
