@@ -162,7 +162,8 @@ if __name__ == '__main__':
     check_bins(meta, config)
     micro_steps = gradient_accumulation_steps // world
     rows_per_step = batch_size * gradient_accumulation_steps
-    epoch = meta['rows']['train'] // rows_per_step or 1
+    n_rows = meta['rows']['train']
+    epoch = n_rows // rows_per_step or 1
     max_iters = max(1, int(max_epochs * epoch)) if max_epochs else max_iters
     warmup_iters = int(warmup_epochs * epoch) if warmup_epochs else warmup_iters
     learning_rate = learning_rate or 0.001 * rows_per_step / 256
@@ -226,7 +227,6 @@ if __name__ == '__main__':
                                       gradient_as_bucket_view=True)
 
     # ---- say what was decided, begin to write ---------------------------------------------------
-    n_rows = meta['rows']['train']
     print0(f"device: {about}, ranks: {world}, compile {'on' if compiled else 'off'}")
     print0(f"model: {c.n_layer} layers of {c.n_embd}, {c.n_head} heads; "
            f"{sum(p.numel() for p in params):,} parameters with {optimizer}")
