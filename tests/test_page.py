@@ -131,7 +131,7 @@ def test_a_thousand_tokens_of_t5_in_no_time(ids):
 
 def test_lines_break_at_spaces():
     lines = lay_out([('ab ', 1), ('cd ', 1), ('efghijk', 2), ('\t\x1b', 2)], 6)
-    assert lines == [[('ab cd ', 1)], [('efghij', 2)], [('k \\x1b', 2)]]
+    assert lines == [[('ab cd ', 1)], [('efghij', 2)], [('k  ', 2)]]
     lines = lay_out([('AB:\n', 1), ('cd ef\n', 2), ('\ngh', 2)], 5)
     assert lines == [[('AB:', 1)], [('cd ef', 2)], [('', 2)], [('gh', 2)]]
     assert lay_out([], 6) == [[]]

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from dataclasses import fields
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command, metrics, same, same_state, state
@@ -275,10 +274,10 @@ def test_resume_refuses_other_bins(run, tiny, bins, tmp_path):
     refused('latent_std', latent_std=0.5)
     refused('latent_mean', latent_mean=0.5)
     rows = [([], [5] * 12 + [1])] * 24
-    n, tokens, _ = write_split(folder, 'val', rows, np.uint16, 30)      # as many, but others
+    n, tokens, _ = write_split(meta | dict(dir=folder), 'val', rows)      # as many, but others
     checksums = {name: sha256(folder / name) for name in FILES}
     refused('val.bin', checksums=checksums)
-    n, tokens, _ = write_split(folder, 'val', rows[:20], np.uint16, 30)
+    n, tokens, _ = write_split(meta | dict(dir=folder), 'val', rows[:20])
     refused('rows', rows=meta['rows'] | dict(val=n), tokens=meta['tokens'] | dict(val=tokens))
     assert state(tmp_path / 'out')['iter_num'] == 1
 
@@ -481,7 +480,7 @@ MISTAKES = [
     ('--min_lr=0.1', 'only with lr_schedule=cosine'),
     ('--learning_rate=nan', 'learning_rate'),
     ('--dataset=nothing', 'run: python prepare.py --dataset=nothing'),
-    ('--max_length=8', 'has rows of 13 tokens, max_length is 8'),
+    ('--max_length=8', 'needs max_length=13 or more here, not 8'),
     ('--encoder=t5-small', 'was made with encoder'),
     ('--tokenizer=t5-small', 'was made with tokenizer'),
     ('--device=cuda', "device='cuda' is not available here"),
