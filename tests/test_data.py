@@ -17,8 +17,8 @@ import torch
 
 from configurator import UserError
 from parts.data import (FILES, cut_at_eos, get_rows, load_tokenizer, open_bins, open_split,
-                        printable, read_inputs, read_jsonl, read_row, row_seed, rows_at, write_jsonl,
-                        write_split)
+                        printable, read_inputs, read_jsonl, read_row, row_seed, rows_at,
+                        write_jsonl, write_split)
 from model import ELFConfig, encode_rows
 
 

@@ -286,27 +286,21 @@ def test_signals_save_and_stop(run, tiny, tmp_path, monkeypatch, capsys):
         assert metrics(tmp_path / 'alone') == metrics(out)
 
 
-def test_only_a_ctrl_c_some_seconds_later_interrupts(monkeypatch):
+def test_only_a_third_ctrl_c_interrupts(monkeypatch):
     """And never a save: what the signal handler does, without a run around it."""
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
                signal.SIGXCPU]
     before = {number: signal.getsignal(number) for number in numbers}
-
-    def seconds_later(number):
-        device.signals[0] = signal.SIGINT, time.monotonic() - 4
-        signal.raise_signal(number)
-
     try:
         device.note_signals()
-        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
-        seconds_later(signal.SIGTERM)
         monkeypatch.setattr(device, 'saving', True)
-        seconds_later(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         monkeypatch.setattr(device, 'saving', False)
         with pytest.raises(KeyboardInterrupt):
-            seconds_later(signal.SIGINT)
-        assert device.signals[0][0] == signal.SIGINT and len(device.signals) == 7
+            signal.raise_signal(signal.SIGINT)
+        assert device.signals[0] == signal.SIGTERM and len(device.signals) == 6
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
