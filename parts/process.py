@@ -89,8 +89,8 @@ def from_hub(what, source):
         raise
     except Exception as e:      # the clients have a dozen kinds, and wrap each other's
         cause = e
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__
+        while deeper := cause.__cause__ or cause.__context__:
+            cause = deeper
         why = "is a path here that is not usable" if os.path.exists(source) else (
             "is no file or folder here, and the hub did not give it: check the spelling and the "
             "network (is HF_HUB_OFFLINE set?); if it is private, or gated and you accepted its "

@@ -469,8 +469,8 @@ MISTAKES = [
     ('--ema_decay=1.5', "ema_decay='1.5' must lie between 0 and 1"),
     ('--weight_decay=-1', "weight_decay='-1' must lie between 0"),
     ('--gamma=-2', "gamma='-2' must lie between 0"),
-    ('--w_min=0', 'itself excluded'),           # v would be guided by 1 - 1 / 0
-    ('--t_eps=0', 'itself excluded'),
+    ('--w_min=0', 'must lie between 1e-09 and'),           # v would be guided by 1 - 1 / 0
+    ('--t_eps=0', 'must lie between 1e-09 and'),
     # what nothing would read
     ('--distill_steps=4', 'distill_steps=4 is read only with teacher; leave it at 0'),
     ('--distill_substeps=4', 'distill_substeps=4 is read only with teacher; leave it at 0'),
@@ -492,7 +492,7 @@ MISTAKES = [
     ('--init_from=resume', 'nothing to resume'),
     ('--init_from=./nowhere', 'nothing to load'),
     ('--learning_rat=1', 'did you mean learning_rate?'),
-    ('config/none.py', 'no such config file'),
+    ('config/none.py', 'config/none.py is no config file that runs'),
 ]
 
 
