@@ -46,8 +46,7 @@ def open_bins(data_dir, dataset):
         for split in ('train', 'val'):
             ids, index = open_split(meta, split)
             if [len(ids), *index.shape] != [meta['tokens'][split], meta['rows'][split], 2]:
-                raise ValueError(f"{split} has {len(ids)} tokens in {len(index)} rows, not what "
-                                 "meta.json speaks of")
+                raise ValueError(f"{split} is not of the sizes that meta.json has")
         numbers = [meta[name] for name in NUMBERS]
         if not np.isfinite(numbers).all() or not meta['checksums']:
             raise ValueError("meta.json has numbers that are none")
@@ -235,7 +234,7 @@ def read_jsonl(file):
             if '\\u' in line:       # half a surrogate pair is valid JSON and no text
                 json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as e:
-            raise UserError(f"{file}, line {n} is no JSON object ({e}): {line[:60]!r}") from None
+            raise UserError(f"{file}, line {n} is no JSON object ({e})") from None
         yield f"{file}, line {n}", row
 
 

@@ -125,7 +125,7 @@ def start(device, dtype):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device, bf16, about = pick_device(device, dtype)
     if device.type == 'cuda':
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)        # 'cuda' alone has none
     if world > 1:
         # torchrun keeps its store over restarts on a node: without a prefix of their own, new ranks
         # would find the addresses of dead ones

@@ -60,8 +60,8 @@ def test_a_swap_that_was_cut_short_is_finished(tiny_set):
 
 
 @pytest.mark.parametrize('changes, says', [
-    (dict(dtype='int8'), 'damaged'), (dict(dtype='uint32'), 'train has 624 tokens'),
-    (dict(rows=3), 'damaged'), (dict(rows=dict(train=95, val=24)), 'in 96 rows, not what meta'),
+    (dict(dtype='int8'), 'damaged'), (dict(dtype='uint32'), 'train is not of the sizes'),
+    (dict(rows=3), 'damaged'), (dict(rows=dict(train=95, val=24)), 'train is not of the sizes'),
     (dict(latent_std=float('nan')), 'numbers'), (dict(vocab_size='30'), 'damaged'),
     (dict(eos_id=None), 'damaged'), (dict(checksums={}), 'damaged')])
 def test_metadata_that_cannot_be(tiny_set, changes, says):

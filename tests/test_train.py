@@ -209,6 +209,15 @@ def test_one_gpu_for_several_ranks_is_refused(monkeypatch):
         start('cuda:0', 'auto')
 
 
+@pytest.mark.parametrize('name, index', [('cuda', 0), ('cuda:2', 2)])
+def test_the_gpu_that_is_named_is_the_current_one(monkeypatch, name, index):
+    current = []
+    monkeypatch.setattr('parts.device.pick_device', lambda *names: (torch.device(name), True, ''))
+    monkeypatch.setattr(torch._C, '_cuda_setDevice', current.append, raising=False)
+    start(name, 'auto')
+    assert current == [index]
+
+
 def test_a_rank_left_in_the_environment_is_no_launch(run, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv('RANK', '3')
     assert 'ranks: 1' in run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=1')
