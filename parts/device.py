@@ -21,15 +21,15 @@ def pick_device(device, dtype):
     Names or 'auto' -> torch.device, whether to compute in bfloat16, both in words with the reason.
     'auto': the first of cuda, mps, cpu that is there; bfloat16 where it is fast. UserError.
     """
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    best = max(there, key=there.get)        # the first of them
+    mps = torch.backends.mps.is_available()
+    best = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
     try:
         found = torch.device(best if device == 'auto' else device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError):
         raise UserError(f"device={device!r} is not available here; --device=auto takes {best}"
                         ) from None
-    name, fast = '', False
+    name, fast = 'Apple GPU', False
     if found.type == 'cuda':
         name = torch.cuda.get_device_name(found)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
