@@ -58,8 +58,8 @@ def test_combinations_are_the_product():
     ('step=4', "'step=4' is not name=value,value with one of init_from, .*grid"),
     ('seed=1,2', "'seed=1,2' is not"), ('out_dir=a', "'out_dir=a' is not"),
     ('steps', "steps='' is not"), ('steps=', "steps='' is not"), ('steps=4,,8', "steps='' is not"),
-    ('steps=4,a', "--sweep: steps='a' is not a whole number"),
-    ('steps=4.5', 'not a whole number'), ('gamma=x', "gamma='x' is not a number"),
+    ('steps=4,a', "--sweep: steps='a' is not of type int"),
+    ('steps=4.5', 'not of type int'), ('gamma=x', "gamma='x' is not of type float"),
     ('steps=0', 'between 1 and'), ('sampler=sdf', "sampler='sdf' is not one of .*'ode', 'sde'"),
     ('grid=even', "grid='even' is not one of .*'quantile', 'uniform'"),
 ])

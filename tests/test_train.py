@@ -13,7 +13,6 @@ import subprocess
 import sys
 from dataclasses import fields
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command, metrics, same, same_state, state
@@ -210,6 +209,15 @@ def test_one_gpu_for_several_ranks_is_refused(monkeypatch):
         start('cuda:0', 'auto')
 
 
+@pytest.mark.parametrize('name, index', [('cuda', 0), ('cuda:2', 2)])
+def test_the_gpu_that_is_named_is_the_current_one(monkeypatch, name, index):
+    current = []
+    monkeypatch.setattr('parts.device.pick_device', lambda *names: (torch.device(name), True, ''))
+    monkeypatch.setattr(torch._C, '_cuda_setDevice', current.append, raising=False)
+    start(name, 'auto')
+    assert current == [index]
+
+
 def test_a_rank_left_in_the_environment_is_no_launch(run, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv('RANK', '3')
     assert 'ranks: 1' in run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=1')
@@ -275,10 +283,10 @@ def test_resume_refuses_other_bins(run, tiny, bins, tmp_path):
     refused('latent_std', latent_std=0.5)
     refused('latent_mean', latent_mean=0.5)
     rows = [([], [5] * 12 + [1])] * 24
-    n, tokens, _ = write_split(folder, 'val', rows, np.uint16, 30)      # as many, but others
+    n, tokens, _ = write_split(meta | dict(dir=folder), 'val', rows)      # as many, but others
     checksums = {name: sha256(folder / name) for name in FILES}
     refused('val.bin', checksums=checksums)
-    n, tokens, _ = write_split(folder, 'val', rows[:20], np.uint16, 30)
+    n, tokens, _ = write_split(meta | dict(dir=folder), 'val', rows[:20])
     refused('rows', rows=meta['rows'] | dict(val=n), tokens=meta['tokens'] | dict(val=tokens))
     assert state(tmp_path / 'out')['iter_num'] == 1
 
@@ -470,8 +478,8 @@ MISTAKES = [
     ('--ema_decay=1.5', "ema_decay='1.5' must lie between 0 and 1"),
     ('--weight_decay=-1', "weight_decay='-1' must lie between 0"),
     ('--gamma=-2', "gamma='-2' must lie between 0"),
-    ('--w_min=0', 'itself excluded'),           # v would be guided by 1 - 1 / 0
-    ('--t_eps=0', 'itself excluded'),
+    ('--w_min=0', 'must lie between 1e-09 and'),           # v would be guided by 1 - 1 / 0
+    ('--t_eps=0', 'must lie between 1e-09 and'),
     # what nothing would read
     ('--distill_steps=4', 'distill_steps=4 is read only with teacher; leave it at 0'),
     ('--distill_substeps=4', 'distill_substeps=4 is read only with teacher; leave it at 0'),
@@ -481,7 +489,7 @@ MISTAKES = [
     ('--min_lr=0.1', 'only with lr_schedule=cosine'),
     ('--learning_rate=nan', 'learning_rate'),
     ('--dataset=nothing', 'run: python prepare.py --dataset=nothing'),
-    ('--max_length=8', 'has rows of 13 tokens, max_length is 8'),
+    ('--max_length=8', 'needs max_length=13 or more here, not 8'),
     ('--encoder=t5-small', 'was made with encoder'),
     ('--tokenizer=t5-small', 'was made with tokenizer'),
     ('--device=cuda', "device='cuda' is not available here"),
@@ -493,7 +501,7 @@ MISTAKES = [
     ('--init_from=resume', 'nothing to resume'),
     ('--init_from=./nowhere', 'nothing to load'),
     ('--learning_rat=1', 'did you mean learning_rate?'),
-    ('config/none.py', 'no such config file'),
+    ('config/none.py', 'config/none.py is no config file that runs'),
 ]
 
 
