@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import regex
 import torch
 import torch.nn.functional as F
+from pandas import DataFrame
 from tqdm import tqdm
 
 from parts.process import from_hub
@@ -232,6 +233,27 @@ def find_targets(rows):
     return targets if all(isinstance(target, str) for target in targets) else []
 
 
+def make_judges(judge, gpt2, train, device):
+    """
+    eval.py's settings judge and gpt2 -> functions of texts and their ids that give metrics, dicts.
+    train: for judge 'ngram', rows of training text.
+    """
+    judges = []
+    if judge == 'ngram':
+        of_chars = train_ngram([row['generated'] for row in train], 5)
+        of_tokens = train_ngram([tuple(row['ids']) for row in train], 3)
+        judges.append(lambda texts, ids: dict(
+            nats_per_char=ngram_nats(texts, of_chars),
+            nats_per_token=ngram_nats(map(tuple, ids), of_tokens)))
+    elif judge != 'none':
+        load_judge(judge, str(device))      # if it is missing, that shows now
+        judges.append(lambda texts, ids: gen_ppl(texts, judge, device=device))
+    if gpt2:
+        tokenizer = load_gpt2(gpt2)
+        judges.append(lambda texts, ids: count_ids(judge_ids(texts, tokenizer)))
+    return judges
+
+
 def measure(rows, limit, judges):
     """
     All metrics of one line of the table -> dict. Texts with targets are held against these; of
@@ -252,19 +274,10 @@ def measure(rows, limit, judges):
     return out | dict(entropy_own=mean([*map(entropy, full)]), distinct_4=distinct(ids, limit))
 
 
-COLUMNS = dict(
-    nats_per_char='nats/char', nats_per_token='/token', gen_ppl='ppl', entropy='entropy',
-    distinct_4_judge='dist-4', entropy_own='own ent', distinct_4='own d-4', repetition='repeat',
-    bleu='BLEU', rouge1='R-1', rouge2='R-2', rougeL='R-L', exact='exact', exact_stderr='+-',
-    empty='empty', seconds='seconds')
-LEGEND = dict(
-    nats_per_char="nats: of each by a 5-gram of characters, a 3-gram of tokens",
-    entropy="entropy, dist-4: of the judge's tokens (GPT-2's); nats, share of different 4-grams",
-    entropy_own="own: the same of the tokens of the model or the dataset, else words",
-    repetition="repeat: share of the 5-grams that their text holds three times or more",
-    bleu="BLEU, R: of scripts other than a to z by words, or by characters where no spaces are",
-    rouge2="R-2: of pairs of words, 0 for texts of one word",
-    exact="exact, +-: share of texts equal to their target, its standard error")
+COLUMNS = [
+    'nats_per_char', 'nats_per_token', 'gen_ppl', 'entropy', 'distinct_4_judge', 'entropy_own',
+    'distinct_4', 'repetition', 'bleu', 'rouge1', 'rouge2', 'rougeL', 'exact', 'exact_stderr',
+    'empty', 'seconds']
 
 
 def print_table(results):
@@ -272,7 +285,6 @@ def print_table(results):
     {name: metrics} -> a line for each, standard errors below it if there are any, without the
     columns that none has.
     """
-    from pandas import DataFrame
     lines = {}
     for name, row in results.items():
         lines[name] = row
@@ -281,14 +293,11 @@ def print_table(results):
     # object: whole numbers stay whole
     table = DataFrame.from_dict(lines, orient='index', columns=COLUMNS, dtype=object)
     table = table.dropna(axis='columns', how='all')
-    notes = [LEGEND[key] for key in table if key in LEGEND]
-    print('\n' + table.rename(columns=COLUMNS).to_string(float_format='{:#.4g}'.format, na_rep=''))
-    print(*notes, sep='\n')
+    print('\n' + table.to_string(float_format='{:#.4g}'.format, na_rep=''), end='\n\n')
 
 
 def over_runs(results):
     """Metrics of each run -> their means, and with several runs the standard errors of these."""
-    from pandas import DataFrame
     if len(results) == 1:
         return results[0]
     table = DataFrame(results)

@@ -2,6 +2,8 @@
 import json
 import os
 
+from pandas import DataFrame
+
 # of a sweep: the first two that there are, y and x. Quality over diversity: a judge is pleased by
 # texts that repeat themselves, and there such texts lie to the left
 AXES = dict(
@@ -29,7 +31,6 @@ def plot_losses(out_dir):
     checkpoint: the last line of an iteration counts.
     """
     from matplotlib.figure import Figure
-    from pandas import DataFrame
     rows = DataFrame(read_rows(os.path.join(out_dir, 'metrics.jsonl')),
                      columns=['iter', 'l2', 'val_l2', 'ce', 'val_ce'], dtype=float)
     curves = rows.groupby('iter').last()        # of each column the last that is a number
@@ -56,7 +57,6 @@ def plot_sweep(file, rows, real, names):
     value of the others. What has no number, such as the nats of blank texts, is left out.
     """
     from matplotlib.figure import Figure
-    from pandas import DataFrame
     y, x = [key for key in AXES if key in rows[0]][:2]
     *others, last = names or ['steps']
     points = DataFrame(rows)
