@@ -20,7 +20,7 @@ with it.
     bleu, rouge1, rouge2, rougeL    of other scripts than a to z by words, or by characters where
                                     no spaces are; rouge2 of texts of one word is 0
     exact, exact_stderr             share of texts equal to their target, its standard error
-    empty, seconds                  texts that are blank; what the sampling took
+    empty                           texts that are blank
 """
 from configurator import UserError, check_value, configure      # before torch: see there
 
@@ -28,7 +28,6 @@ import itertools
 import math
 import os
 import sys
-import time
 from functools import partial
 from operator import itemgetter
 
@@ -259,7 +258,6 @@ if __name__ == '__main__':
     if samples and unread:
         raise UserError(f"--samples are scored as they are; drop {', '.join(sorted(unread))}")
     seeds = [check_value(globals(), 'seed', s, '--seeds') for s in seeds.split(',') if s] or [seed]
-    combos = combinations(sweep, config)
     device, bf16, about = start(device, dtype)
     rank, world = rank_and_world()
 
@@ -269,7 +267,7 @@ if __name__ == '__main__':
     if samples:
         plan, texts = [dict(source=samples)], read_samples(samples, input_file, meta)
     else:
-        for init_from, *settings in combos:
+        for init_from, *settings in combinations(sweep, config):
             source = init_from or out_dir
             if source not in models:
                 models[source] = open_model(init_from, meta, config, device, bf16)
@@ -281,15 +279,16 @@ if __name__ == '__main__':
         judge = 'none' if find_targets(texts) else 'gpt2-large'
     if meta and not meta.get('conditional'):
         real = list(read_split(meta, 'val', len(texts) or num_samples))
-    if judge == 'ngram' and not real:
-        raise UserError("--judge=ngram learns from training text without conditions; name its "
-                        "bins: --dataset=<folder under data_dir>")
+    train, limit = [], sum(len(row['ids']) for row in real) or sys.maxsize
+    if judge == 'ngram':
+        if not real:
+            raise UserError("--judge=ngram learns from training text without conditions; name its "
+                            "bins: --dataset=<folder under data_dir>")
+        # a million tokens are enough
+        n = 1 + 1_000_000 * meta['rows']['train'] // meta['tokens']['train']
+        train = list(read_split(meta, 'train', n))
     log = os.path.join(out_dir, 'sweep.jsonl' if sweep else 'metrics.jsonl')
     if rank == 0:
-        train = []
-        if judge == 'ngram':        # a million tokens are enough
-            n = 1 + 1_000_000 * meta['rows']['train'] // meta['tokens']['train']
-            train = list(read_split(meta, 'train', n))
         judges = make_judges(judge, gpt2, train, device)
         make_out_dir(out_dir)
         add_lines(log, [])
@@ -297,41 +296,42 @@ if __name__ == '__main__':
     print0(f"device: {about}, ranks: {world}; judge: {judge}")
 
     # ---- the texts: each rank samples its share, the first one measures --------------------------
-    val, rows, limit = {}, [], sum(len(row['ids']) for row in real) or sys.maxsize
+    beside, rows = {}, []       # what a plain evaluation says besides
     if models and meta and eval_iters and not sweep:
         with autocast(device, bf16):
-            val = dict(val=estimate_loss(model, encoder, meta, eval_iters, batch_size, device))
-        print0(describe_val(val['val']))
+            val = estimate_loss(model, encoder, meta, eval_iters, batch_size, device)
+        print0(describe_val(val))
+        beside['val'] = val
     for entry in plan:
-        entry = config | dict(sweep='', judge=judge) | entry
-        row = next((row for row in known if entry.items() <= row.items()), None)
-        if row is None:
-            sampling, runs, began = {k: entry[k] for k in SWEPT[1:]}, [], time.time()
+        row = config | dict(sweep='', judge=judge) | entry
+        done = [old for old in known if row.items() <= old.items()]
+        if not done:
+            runs = []
+            sampling = {k: row[k] for k in SWEPT[1:]}
             for s in seeds if models else []:
                 print0(f'sampling with seed {s}:', sampling)
                 name = 'samples_eval' + f'_{s}' * (len(seeds) > 1) + '.jsonl'
                 file = '' if sweep else os.path.join(out_dir, name)
                 with autocast(device, bf16):
-                    runs.append(sample_set(*models[entry['source']], num_samples, sampling, s,
+                    runs.append(sample_set(*models[row['source']], num_samples, sampling, s,
                                            batch_size, file))
-            row = entry | dict(seconds=round(time.time() - began, 2))
             if rank == 0:
                 row |= over_runs([measure(run, limit, judges) for run in runs or [texts]])
                 add_lines(log, [row] if sweep else [])
-        rows.append(row)
+        rows += done[:1] or [row]
     if world > 1:
         dist.destroy_process_group()
     if rank:
         sys.exit()
 
     # ---- the table, and the same as a line of JSON -----------------------------------------------
-    beside = dict(real=measure(real, limit, judges)) if real else {}
+    real_row = dict(real=measure(real, limit, judges)) if real else {}
     names = [k for k in ('source', *SWEPT[1:]) if len({row[k] for row in rows}) > 1]
-    print_table({label(row, names): row for row in rows} | beside)
+    print_table({label(row, names): row for row in rows} | real_row)
     if sweep:
-        plot_sweep(os.path.join(out_dir, 'sweep.png'), rows, beside.get('real'), names)
+        plot_sweep(os.path.join(out_dir, 'sweep.png'), rows, real_row.get('real'), names)
         print(f"{log}, sweep.png")
     else:
-        report = rows[0] | val | beside
+        report = rows[0] | beside | real_row
         add_lines(log, [report])
         print(to_json(report))

@@ -277,7 +277,7 @@ def measure(rows, limit, judges):
 COLUMNS = [
     'nats_per_char', 'nats_per_token', 'gen_ppl', 'entropy', 'distinct_4_judge', 'entropy_own',
     'distinct_4', 'repetition', 'bleu', 'rouge1', 'rouge2', 'rougeL', 'exact', 'exact_stderr',
-    'empty', 'seconds']
+    'empty']
 
 
 def print_table(results):

@@ -135,10 +135,10 @@ def test_exact():
 
 def test_table_leaves_empty_columns_out_and_fits_a_terminal(capsys):
     row = dict(texts=9, steps=4, nats_per_char=0.5, nats_per_token=0.25, entropy_own=2.0,
-               distinct_4=0.5, repetition=0.5, empty=3, seconds=None)
+               distinct_4=0.5, repetition=0.5, bleu=None, empty=3)
     print_table({'samples': row, 'real': {'empty': 0}})
     head, samples, real = capsys.readouterr().out.strip('\n').split('\n')
-    assert head.split() == [key for key in row if key not in ('texts', 'steps', 'seconds')]
+    assert head.split() == [key for key in row if key not in ('texts', 'steps', 'bleu')]
     assert samples.split()[-2:] == ['0.5000', '3'] and real.split() == ['real', '0']
     assert len(samples) == len(head) <= 80
     several = dict(gen_ppl=1234.5678, stderr=dict(gen_ppl=0.5), by_seed=[])

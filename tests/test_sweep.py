@@ -77,7 +77,6 @@ def test_samples_each_combination_once(swept, tmp_path, monkeypatch):
     for row, call in zip(rows, calls):
         assert row['nats_per_char'] > 0 and row['entropy_own'] > 0 and row['texts'] == 6
         assert (row['steps'], row['sampler'], row['gamma']) == call and row['judge'] == 'ngram'
-    assert min(row['seconds'] for row in rows) >= 0
     assert swept.out.count('\nreal ') == swept.out.count('\nsteps=3 sampler=ode ') == 1
     assert (tmp_path / 'sweep.png').stat().st_size > 10000
     assert not (tmp_path / 'samples_eval.jsonl').exists()
@@ -130,7 +129,7 @@ def test_two_ranks_sweep_as_one(swept, trained, tmp_path):
     got = eval_command(*trained, '--sweep=steps=2,3', ranks=2)
     assert got.returncode == 0, got.stderr
     together = read(trained)
-    assert [row | dict(seconds=0) for row in together] == [row | dict(seconds=0) for row in alone]
+    assert together == alone
     assert got.stdout.count('\nsteps=3 ') == 1, 'one table'
 
 
