@@ -144,24 +144,24 @@ def read_samples(file, input_file='', meta=None):
     else words) and perhaps 'target': its own, or that of the line of input_file with the number
     'id', by default its own line. UserError if it does not fit.
     """
-    rows, encode = [], str.split
-    targets = find_targets(read_inputs(input_file)) if input_file else []
+    rows, encode, targets = [], str.split, {}
     if meta:
         encode = partial(load_tokenizer(meta['tokenizer']).encode, add_special_tokens=False)
+    if input_file:
+        given = find_targets(read_inputs(input_file))
+        targets = {str(i): target for i, target in enumerate(given)}
     for where, row in read_jsonl(file):
-        text, number = row.get('generated', row.get('text')), row.get('id', len(rows))
+        text = row.get('generated', row.get('text'))
         if not isinstance(text, str):
             raise UserError(f"{where} needs a text under 'generated' or 'text'")
-        if input_file and number not in range(len(targets)):
-            raise UserError(f"{where} has id {number!r}; {input_file} has {len(targets)} lines "
-                            "that all have a 'target'")
         if input_file:
-            row['target'] = targets[int(number)]
+            row['target'] = targets.get(str(row.get('id', len(rows))))
         rows.append(row | dict(generated=text, ids=encode(text)))
     if not rows:
         raise UserError(f"{file} has no texts")
     if not find_targets(rows) and any('target' in row for row in rows):
-        raise UserError(f"{file} needs a text under 'target' in every line or in none")
+        raise UserError(f"{file}: not each text has a 'target', its own or that of the line of "
+                        "input_file which its 'id' names")
     return rows
 
 

@@ -178,8 +178,8 @@ def test_targets_go_by_id(tmp_path):
 
 @pytest.mark.parametrize('content, says', [
     (None, 'cannot read'),
-    ('{"input": "", "target": "a"}\n', 'line 2 has id 1; .* has 1 lines'),
-    ('{"input": "a"}\n{"input": "", "target": "b"}\n', 'has 0 lines that all have a .target'),
+    ('{"input": "", "target": "a"}\n', "not each text has a 'target'"),
+    ('{"input": "a"}\n{"input": "", "target": "b"}\n', "not each text has a 'target'"),
 ])
 def test_targets_that_do_not_fit(evaluate, tmp_path, content, says):
     texts, pairs = tmp_path / 'texts.jsonl', tmp_path / 'pairs.jsonl'
@@ -221,8 +221,8 @@ def test_scores_a_file(evaluate, bins, judge, tmp_path):
     ('{"generated": 3}\n', 'line 1'),
     ('[]', 'line 1'),
     ('\n', 'no texts'),
-    ('{"text": "a", "target": "b"}\n{"text": "a"}', "'target' in every line or in none"),
-    ('{"text": "a", "target": 3}', "'target' in every line or in none"),
+    ('{"text": "a", "target": "b"}\n{"text": "a"}', "not each text has a 'target'"),
+    ('{"text": "a", "target": 3}', "not each text has a 'target'"),
     ('{"text": "a"}\n"\xff"', 'line 2'),
 ])
 def test_broken_file_is_one_line(evaluate, tmp_path, text, said):
