@@ -7,7 +7,8 @@ import os
 import sys
 from collections import Counter
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
+from statistics import median
 from types import SimpleNamespace
 
 import regex
@@ -102,6 +103,18 @@ def exact_match(hyps, refs):
     return mean([hyp.strip() == ref.strip() for hyp, ref in zip(hyps, refs, strict=True)])
 
 
+def errors(hyps, refs):
+    """
+    How texts miss their targets, by words -> 'length': share of those that miss which have another
+    number of words; 'first_wrong': the median place, from 1, of their first wrong word.
+    """
+    pairs = [(hyp.split(), ref.split()) for hyp, ref in zip(hyps, refs)]
+    wrong = [(hyp, ref) for hyp, ref in pairs if hyp != ref]
+    places = [1 + len(os.path.commonprefix(pair)) for pair in wrong]
+    return dict(length=mean([len(hyp) != len(ref) for hyp, ref in wrong]),
+                first_wrong=median(places) if places else math.nan)
+
+
 # --------------------------------------------------------------------------------------------------
 # the judge without a download: interpolated n-grams, Witten-Bell smoothed, of 5 characters and of 3
 # tokens: where tokens are words, five characters see hardly more than one of them
@@ -158,26 +171,29 @@ def load_judge(name, device):
 
 def load_gpt2(source):
     """
-    GPT-2's tokenizer without GPT-2, from its two files in a folder (the hub's names or OpenAI's) or
-    of a hub id. UserError if they are not there.
+    GPT-2's tokenizer without GPT-2, from the encoder files in a folder (OpenAI's names or the
+    hub's) or of a hub id -> encode(text) -> ids. UserError if they are not there.
     """
-    from transformers import GPT2Tokenizer
-    with from_hub("no vocab.json and merges.txt of GPT-2", source):
-        published = [os.path.join(source, name) for name in ('encoder.json', 'vocab.bpe')]
-        if os.path.isfile(published[0]):
-            tokenizer = GPT2Tokenizer(*published)
-        else:
-            tokenizer = GPT2Tokenizer.from_pretrained(source)
-        # where there are no such files, nothing is raised
-        if tokenizer.encode('Hello world') != [15496, 995]:
-            raise ValueError("these are other tokens")
-    return tokenizer
+    from huggingface_hub import snapshot_download
+    from tiktoken import Encoding
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+    os.environ['TIKTOKEN_CACHE_DIR'] = ''       # its copies go by the path, whatever is there now
+    published, hub = ('vocab.bpe', 'encoder.json'), ('merges.txt', 'vocab.json')
+    with from_hub(f"no encoder files of GPT-2, {' and '.join(hub)}", source):
+        folder = source
+        if not os.path.isdir(source):
+            folder = snapshot_download(source, allow_patterns=hub)
+        names = published if os.path.isfile(os.path.join(folder, published[0])) else hub
+        ranks = data_gym_to_mergeable_bpe_ranks(*(os.path.join(folder, name) for name in names))
+    encoding = Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                        special_tokens={'<|endoftext|>': len(ranks)})
+    return partial(encoding.encode, allowed_special='all')
 
 
-def judge_ids(texts, tokenizer, max_length=1024):
+def judge_ids(texts, encode, max_length=1024):
     """The texts that are not blank as the judge's ids, cut to max_length -> list of lists."""
-    return [tokenizer.encode(text, add_special_tokens=False, verbose=False)[:max_length]
-            for text in texts if text.strip()]
+    return [encode(text)[:max_length] for text in texts if text.strip()]
 
 
 def count_ids(rows):
@@ -209,7 +225,8 @@ def gen_ppl(texts, judge, device='cpu'):
     model, tokenizer = load_judge(judge, str(device))
     eos = tokenizer.eos_token_id
     limit = min(1024, getattr(model.config, 'max_position_embeddings', 1024))
-    rows = judge_ids(texts, tokenizer, limit)
+    encode = partial(tokenizer.encode, add_special_tokens=False, verbose=False)
+    rows = judge_ids(texts, encode, limit)
     width = max(map(len, rows), default=0)
     nll, tokens = 0.0, 0
     # a text at a time: its float32 logits take 0.2 GB; of the fill no token but the first counts
@@ -249,8 +266,8 @@ def make_judges(judge, gpt2, train, device):
         load_judge(judge, str(device))      # if it is missing, that shows now
         judges.append(lambda texts, ids: gen_ppl(texts, judge, device=device))
     if gpt2:
-        tokenizer = load_gpt2(gpt2)
-        judges.append(lambda texts, ids: count_ids(judge_ids(texts, tokenizer)))
+        encode = load_gpt2(gpt2)
+        judges.append(lambda texts, ids: count_ids(judge_ids(texts, encode)))
     return judges
 
 
@@ -269,15 +286,15 @@ def measure(rows, limit, judges):
     if targets := find_targets(rows):
         exact = exact_match(texts, targets)
         error = math.sqrt(exact * (1 - exact) / len(rows))
-        return out | rouge(texts, targets) | dict(bleu=bleu(texts, targets), exact=exact,
-                                                  exact_stderr=error)
+        return out | rouge(texts, targets) | errors(texts, targets) | dict(
+            bleu=bleu(texts, targets), exact=exact, exact_stderr=error)
     return out | dict(entropy_own=mean([*map(entropy, full)]), distinct_4=distinct(ids, limit))
 
 
 COLUMNS = [
     'nats_per_char', 'nats_per_token', 'gen_ppl', 'entropy', 'distinct_4_judge', 'entropy_own',
     'distinct_4', 'repetition', 'bleu', 'rouge1', 'rouge2', 'rougeL', 'exact', 'exact_stderr',
-    'empty']
+    'length', 'first_wrong', 'empty']
 
 
 def print_table(results):

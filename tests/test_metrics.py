@@ -128,6 +128,8 @@ def test_exact():
     rows = [dict(generated=h, target=r, ids=h.split()) for h, r in zip(hyps, refs)]
     got = measure(rows, 99, [])
     assert got['exact'] == 0.5 and got['exact_stderr'] == pytest.approx(math.sqrt(0.25 / 6))
+    # three miss: "four two" at word 2, "four two three" at 3 and longer, "one" at 2 and shorter
+    assert (got['length'], got['first_wrong']) == (pytest.approx(2 / 3), 2)
     assert measure(rows[:1], 99, [])['exact_stderr'] == 0
     # no pairs of words: nothing for ROUGE-2 to count, as --help says
     assert rouge(['seven'], ['seven']) == dict(rouge1=100, rouge2=0, rougeL=100)
@@ -158,9 +160,9 @@ def test_means_over_runs_may_be_nan():
 
 def test_ids_of_the_judge(judge, tmp_path):
     _, tokenizer = load_judge(judge, 'cpu')
-    assert judge_ids(['hello he', ' ', EOT + 'h' * 9], tokenizer, 4)[0] == [257, 259, 260]
+    assert judge_ids(['hello he', ' ', EOT + 'h' * 9], tokenizer.encode, 4)[0] == [257, 259, 260]
     cut = [[0] + [tokenizer.vocab['h']] * 3]
-    assert judge_ids(['', '\n', EOT + 'h' * 9], tokenizer, 4) == cut
+    assert judge_ids(['', '\n', EOT + 'h' * 9], tokenizer.encode, 4) == cut
     with pytest.raises(UserError, match='nowhere'):
         load_judge(str(tmp_path / 'nowhere'), 'cpu')
 
@@ -172,19 +174,22 @@ def link_gpt2(folder, names):
 
 
 @needs_shared
-def test_gpt2s_tokens_by_either_name_of_its_files(tmp_path):
-    """As the hub names them and as OpenAI did; of texts as they come."""
+def test_tiktoken_gives_the_ids_of_the_judge(tmp_path):
+    """From the files as the hub names them and as OpenAI did; of texts as they come."""
     link_gpt2(tmp_path, ('vocab.json', 'merges.txt'))
+    (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
     texts = [row['generated'] for row in read_samples(f'{OUTPUTS}/owt_elf_b/{OWT}')]
     texts += ["Hello world", f"a{EOT}b", "it's  3 o'clock\n\n \tüñí 猫 🙂", "x" * 2000, " lead"]
-    ids = [judge_ids(texts, load_gpt2(folder))
-           for folder in (str(tmp_path), os.path.join(SHARED, 'gpt2'))]
-    assert ids[0] == ids[1] and ids[0][-5:-3] == [[15496, 995], [64, 50256, 65]]
-    with pytest.raises(UserError, match='no vocab.json and merges.txt of GPT-2'):
+    for folder in (tmp_path, os.path.join(SHARED, 'gpt2')):
+        encode = load_gpt2(str(folder))
+        assert encode('Hello world') == [15496, 995]
+        assert all(encode(text) == theirs.encode(text) for text in texts)
+    with pytest.raises(UserError, match='no encoder files of GPT-2'):
         load_gpt2(str(tmp_path / '..'))
     (tmp_path / 'merges.txt').unlink()
     (tmp_path / 'merges.txt').write_text('#version: 0.2\na b\n')      # another tokenizer's
-    with pytest.raises(UserError, match='no vocab.json and merges.txt of GPT-2'):
+    with pytest.raises(UserError, match='no encoder files of GPT-2'):
         load_gpt2(str(tmp_path))
 
 
@@ -197,7 +202,7 @@ def test_gpt2_in_the_cache_of_the_hub(tmp_path, monkeypatch):
     (repo / 'refs' / 'main').write_text('abc')
     link_gpt2(repo / 'snapshots' / 'abc', ('vocab.json', 'merges.txt'))
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
-    assert load_gpt2('openai-community/gpt2').encode('Hello world') == [15496, 995]
+    assert load_gpt2('openai-community/gpt2')('Hello world') == [15496, 995]
     with pytest.raises(UserError, match='openai-community/gpt3'):
         load_gpt2('openai-community/gpt3')
 
