@@ -78,7 +78,8 @@ def test_two_are_kept_and_some_for_good(tmp_path):
 
 
 @pytest.mark.parametrize('how', ['cut', 'bit', 'gone'])
-def test_a_damaged_one_never_replaces_the_good_one_before_it(tmp_path, how, capsys):
+def test_a_damaged_one_is_skipped(tmp_path, how, capsys):
+    """And stays where it is, as any rank may ask; for what then becomes of it see test_train.py."""
     for i in (1, 2):
         save_checkpoint(str(tmp_path), state_of_a_run(i))
     newest, data = tmp_path / 'ckpt.pt', bytearray((tmp_path / 'ckpt.pt').read_bytes())
@@ -88,12 +89,7 @@ def test_a_damaged_one_never_replaces_the_good_one_before_it(tmp_path, how, caps
         newest.unlink()
     path, ckpt = newest_checkpoint(str(tmp_path))
     assert path == str(tmp_path / 'ckpt_prev.pt') and ckpt['iter_num'] == 1
-    assert ('SKIPPED, the next save makes it damaged' in capsys.readouterr().out) == (how != 'gone')
-    assert how == 'gone' or newest.exists()     # any rank may ask; only who saves renames
-    save_checkpoint(str(tmp_path), state_of_a_run(3))
-    assert load_checkpoint(str(tmp_path / 'ckpt_prev.pt'))['iter_num'] == 1
-    assert load_checkpoint(str(newest))['iter_num'] == 3
-    assert (tmp_path / 'damaged_ckpt.pt').exists() == (how != 'gone')
+    assert ('SKIPPED' in capsys.readouterr().out) == newest.exists() == (how != 'gone')
 
 
 def test_a_save_reads_nothing(tmp_path, monkeypatch):
@@ -235,14 +231,14 @@ def test_unreadable_checkpoints(tmp_path):
     payload = pickle.dumps(Payload(tmp_path / 'owned'), protocol=2)
     for content in (whole.getvalue()[:-2000], whole.getvalue()[:50], b'', b'text', payload):
         bad.write_bytes(content)
-        with pytest.raises(UserError, match='not a readable checkpoint'):
+        with pytest.raises(UserError, match='no readable checkpoint'):
             ELF.from_pretrained(str(bad))
     save(bad, {'ema_params1': Payload(tmp_path / 'owned')})
-    with pytest.raises(UserError, match='readable checkpoint .*: it would run (io|_io).open$'):
+    with pytest.raises(UserError, match='no readable checkpoint .*GLOBAL (io|_io).open was not'):
         ELF.from_pretrained(str(tmp_path))
     assert not (tmp_path / 'owned').exists()
     save(bad, [1, 2])
-    with pytest.raises(UserError, match='a list, not a dict'):
+    with pytest.raises(UserError, match='no readable checkpoint'):
         ELF.from_pretrained(str(bad))
 
 # --------------------------------------------------------------------------------------------------
@@ -281,12 +277,11 @@ def test_no_file_and_no_hub_id(nowhere):
         ELF.from_pretrained(nowhere)
 
 
-@pytest.mark.parametrize('kind, says', [
-    ('lightning', 'last.ckpt is a Lightning checkpoint'), ('jax_ckpt', 'is a JAX checkpoint'),
-    ('jax_ckpt/checkpoint_3', 'is a JAX checkpoint'), ('jax_ckpt_msgpack', 'is a JAX checkpoint')])
-def test_foreign_ones_name_convert(kind, says):
+@pytest.mark.parametrize('kind', ['lightning', 'jax_ckpt', 'jax_ckpt/checkpoint_3',
+                                  'jax_ckpt_msgpack'])
+def test_foreign_ones_name_convert(kind):
     source = os.path.join(GOLDEN, kind)
-    with pytest.raises(UserError, match=says) as e:
+    with pytest.raises(UserError, match='is a JAX or Lightning checkpoint') as e:
         ELF.from_pretrained(source)
     assert f'python convert.py {source} FOLDER' in str(e.value)
 
@@ -451,7 +446,7 @@ def test_a_copy_that_fails(bins, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
-        with pytest.raises(UserError, match='cannot copy the tokenizer .*File too large') as e:
+        with pytest.raises(UserError, match='could not write .*/tokenizer: .*File too large') as e:
             carry(small(tokenizer=str(bins / 'tiny' / 'tokenizer')).config, str(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -463,8 +458,8 @@ def test_a_file_without_its_folders(bins, tmp_path, monkeypatch):
     (tmp_path / 'other').mkdir()
     shutil.copy(tmp_path / 'run' / 'ckpt.pt', tmp_path / 'other')
     monkeypatch.chdir(tmp_path / 'run')                 # another model's, which must not be taken
-    with pytest.raises(UserError, match='other/ckpt.pt needs its tokenizer; copy it from .* to '
-                                        f'{tmp_path}/other/tokenizer'):
+    with pytest.raises(UserError, match='other/ckpt.pt needs its tokenizer; copy the one .* '
+                                        f'to {tmp_path}/other/tokenizer'):
         ELF.from_pretrained(str(tmp_path / 'other'))
 
 
@@ -477,11 +472,11 @@ def test_a_run_of_older_versions(bins, tmp_path):
     meta = json.loads((data / 'tiny' / 'meta.json').read_text())
     meta['checksums']['train.bin'] = 'f' * 64
     (data / 'tiny' / 'meta.json').write_text(json.dumps(meta))
-    with pytest.raises(UserError, match=f'but {data}/tiny was prepared again since; copy'):
+    with pytest.raises(UserError, match='needs its tokenizer; copy the one that it was'):
         ELF.from_pretrained(str(run))
     shutil.move(data, tmp_path / 'elsewhere')
-    with pytest.raises(UserError, match='needs its tokenizer; copy'):
-        ELF.from_pretrained(str(run))
+    with pytest.raises(UserError, match='data/tiny/tokenizer.* is no file or folder here'):
+        load_tokenizer(ELF.from_pretrained(str(run)).config.tokenizer)
     for part in ('tokenizer', 'encoder'):
         shutil.copytree(bins / 'tiny' / part, run / part)
     c = ELF.from_pretrained(str(run)).config
