@@ -53,7 +53,7 @@ def lock(out_dir):
 
 @contextmanager
 def whole(path):
-    """A name to write a file or a folder under, which becomes path, whole or not at all. UserError."""
+    """A name to write a file or folder under, which becomes path: whole or not at all. UserError."""
     aside = path + '.tmp'
     device.saving = True
     try:
@@ -109,6 +109,15 @@ def checkpoints_in(out_dir):
     return [path for path in paths if os.path.lexists(path)]
 
 
+def load_checkpoint(path):
+    """The dict in a file, tensors and plain types only. UserError if damaged or if it has code."""
+    with from_hub('no readable checkpoint of tensors and plain types alone', path):
+        if path.endswith('.safetensors'):
+            return load_file(path)
+        check_checksums(path)       # torch.load reads on past a wrong one
+        return dict(torch.load(path, map_location='cpu', weights_only=True))
+
+
 def check_checksums(path):
     """Read a zip of torch.save's against its checksums. ValueError, or whatever zipfile raises."""
     with zipfile.ZipFile(path) as z:
@@ -117,16 +126,6 @@ def check_checksums(path):
                if x.compress_type or x.external_attr or x.file_size != x.compress_size]
         if odd or z.testzip():
             raise ValueError("its checksums do not fit")
-
-
-def load_checkpoint(path):
-    """The dict in a file, tensors and plain types only. UserError if damaged or if it has code."""
-    with from_hub('no readable checkpoint of tensors and plain types alone', path):
-        if path.endswith('.safetensors'):
-            return load_file(path)
-        if zipfile.is_zipfile(path):        # torch.load reads on past a wrong checksum
-            check_checksums(path)
-        return dict(torch.load(path, map_location='cpu', weights_only=True))
 
 # -------------------------------------------------------------------------------------------------
 # a run: where it starts, what it may change, how it ends
@@ -185,19 +184,18 @@ def check_resume(path, ckpt, config):
     if len(set(found)) > 1:
         raise UserError(f"the ranks see different checkpoints in {os.path.dirname(path)}, of the "
                         f"iterations {found}; it must be one folder that all of them share")
-    data = ckpt.get('data', {})         # where older versions had the bins
-    old = dict(bins=data | data.get('checksums', {}))
-    was, now = (x | x['bins'] | dict(rows_per_step=x['batch_size'] * x['gradient_accumulation_steps'])
-                for x in (old | ckpt['config'], config))
+    old = ckpt.get('data', {})          # where older versions had the bins
+    was = ckpt['config'] | ckpt['config'].get('bins', old | old.get('checksums', {}))
+    now = config | config['bins']
+    for x in (was, now):
+        x['rows_per_step'] = x['batch_size'] * x['gradient_accumulation_steps']
     changed = {name: f"{name} was {was[name]!r}, now {now[name]!r}" for name in was
                if name not in MAY_CHANGE and now.get(name, was[name]) != was[name]}
     told = list(changed.values())
     if not changed.keys() <= {'max_iters', *WHERE_IT_RUNS}:
         raise UserError(f"{path} was trained with other settings or bins: {'; '.join(told)}; drop "
                         "the override, prepare the bins as they were, or choose another --out_dir")
-    if 'max_iters' in changed and config['lr_schedule'] == 'cosine':
-        told.append("the cosine of the learning rate jumps")
-    if changed.keys() & set(WHERE_IT_RUNS):
+    if changed.keys() - {'max_iters'}:
         told.append("the same rows a step, perhaps by other draws; not the same bit for bit")
     return told
 
@@ -353,16 +351,13 @@ def download(source):
     there, too. Without a network, what the cache has.
     """
     from huggingface_hub import get_cached_repo_tree, list_repo_files, snapshot_download
-    at = re.fullmatch(r'(\w[^/]*/[^/]+)(?:/(.*[^/]))?', source)
-    if not at:
-        raise UserError(f"{source!r} is no file or folder here, and no hub id (org/repo); "
-                        "nothing to load")
-    repo, inside = at.groups(default='')
+    org, name, *inside = source.rstrip('/').split('/')
+    repo = f'{org}/{name}'
     try:
         names = list_repo_files(repo)
     except Exception:       # of many kinds; if the cache has nothing either, from_hub tells it
         names = [file.path for file in get_cached_repo_tree(repo)]
-    name = choose(names, source, inside)
+    name = choose(names, source, '/'.join(inside))
     beside = name.removesuffix(os.path.basename(name))
     wanted = [name, f'{name}/*', f'{beside}config.yml', *(f'{beside}{part}/*' for part in PARTS)]
     return os.path.join(snapshot_download(repo, allow_patterns=wanted), name)
@@ -376,6 +371,13 @@ def is_jax(path):
         return b'\x81' <= f.read(1) <= b'\x8f' and not path.endswith('.safetensors')
 
 
+def networks_in(ckpt):
+    """The EMA and the weights in a checkpoint, ours or theirs, or in bare weights; of one both."""
+    ema = ckpt.get('ema') or ckpt.get('ema_params1')
+    params = ckpt.get('model') or ckpt.get('params')
+    return ema or params or ckpt, params or ema or ckpt
+
+
 def load_weights(source, known):
     """
     What find_checkpoint finds -> settings for an ELFConfig, as read_settings has them; weights
@@ -385,10 +387,11 @@ def load_weights(source, known):
     if is_jax(path) or 'state_dict' in (ckpt := load_checkpoint(path)):
         raise UserError(f"{path} is a JAX or Lightning checkpoint; convert it first: "
                         f"python convert.py {source} FOLDER")
-    places = ('ema', 'ema_params1', 'params', 'model')
-    state = next((ckpt[k] for k in places if isinstance(ckpt.get(k), dict)), ckpt)
-    state = {name: x.float() for name, x in from_official_names(state).items()}
-    return read_settings(path, ckpt, read_sizes(state, path), known), state
+    with from_hub('no weights of an ELF', path):
+        ema, _ = networks_in(ckpt)
+        state = {name: x.float() for name, x in from_official_names(ema).items()}
+        sizes = read_sizes(state)
+    return read_settings(path, ckpt, sizes, known), state
 
 
 def read_settings(path, ckpt, sizes, known):

@@ -9,7 +9,7 @@ import re
 
 import torch
 
-from parts.process import UserError, one_line
+from parts.process import UserError, from_hub
 
 # -------------------------------------------------------------------------------------------------
 # weights
@@ -40,24 +40,20 @@ def from_official_names(state):
     return renamed
 
 
-def read_sizes(state, path):
-    """The sizes of the ELF that these weights are of, under our names -> dict. UserError."""
-    try:
-        D, head = state['t_emb_tokens'].shape[-1], state['blocks.0.attn.q_norm.weight'].numel()
-        layers = {int(name.split('.')[1]) for name in state if name.startswith('blocks.')}
-        return dict(
-            n_layer=max(layers) + 1,
-            n_embd=D,
-            n_head=D // head if D % head == 0 else 1,       # 1: check_fit will name q_norm
-            vocab_size=len(state['unembed.bias']),
-            latent_dim=len(state['self_cond_proj.bias']),
-            bottleneck=len(state['text_proj.proj1.weight']),
-            n_time=state['t_emb_tokens'].shape[1],
-            n_scale=state['self_cond_cfg_tokens'].shape[1],
-            n_mode=state['mode_tokens'].shape[1])
-    except (LookupError, ValueError, TypeError, ZeroDivisionError) as e:
-        raise UserError(f"{path} holds no ELF weights: {one_line(e)} while reading the sizes off "
-                        f"them; it has {', '.join(list(state)[:5])}, ...") from None
+def read_sizes(state):
+    """The sizes of the ELF that these weights are of, under our names -> dict. Raises for others'."""
+    D, head = state['t_emb_tokens'].shape[-1], state['blocks.0.attn.q_norm.weight'].numel()
+    layers = {int(name.split('.')[1]) for name in state if name.startswith('blocks.')}
+    return dict(
+        n_layer=max(layers) + 1,
+        n_embd=D,
+        n_head=D // head if D % head == 0 else 1,       # 1: check_fit will name q_norm
+        vocab_size=len(state['unembed.bias']),
+        latent_dim=len(state['self_cond_proj.bias']),
+        bottleneck=len(state['text_proj.proj1.weight']),
+        n_time=state['t_emb_tokens'].shape[1],
+        n_scale=state['self_cond_cfg_tokens'].shape[1],
+        n_mode=state['mode_tokens'].shape[1])
 
 
 def check_fit(want, state, path):
@@ -84,9 +80,6 @@ OFFICIAL_SETTINGS = dict(
     pad_token=('pad_token', 'pad'), label_drop_prob=('drop_cond_prob', 0.0),
     gelu=('gelu', 'tanh'))      # not theirs: convert.py writes it for the Lightning reproduction
 
-# layers, width, heads
-PUBLISHED_SIZES = {(12, 768, 12): 'ELF-B', (24, 1056, 16): 'ELF-M', (32, 1280, 16): 'ELF-L'}
-
 
 def sde(gamma, w):
     return dict(sampler='sde', gamma=gamma, w=w, cfg=1.0, grid='logit_normal')
@@ -111,7 +104,7 @@ def read_config_yml(path, sizes):
         print(f"no config.yml beside {path}: taking the published OpenWebText settings")
         return sampler_settings(unconditional)
     import yaml
-    try:
+    with from_hub('not readable as the official settings', file):
         with open(file, encoding='utf-8') as f:
             official = yaml.safe_load(f) or {}
         official = {k: v for k, v in official.items() if v is not None}
@@ -119,8 +112,6 @@ def read_config_yml(path, sizes):
         settings = {name: type(default)(str(official.get(key, default)))
                     for key, (name, default) in OFFICIAL_SETTINGS.items()}
         settings |= sampler_settings(read_samplers(official, unconditional))
-    except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as e:
-        raise UserError(f"{file} is not readable as the official settings: {one_line(e)}") from None
     settings['tokenizer'] = settings['tokenizer'] or settings['encoder']
     return settings
 

@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_is_never_kept_for_the_good_one(run, tiny, tmp_path
     assert (tmp_path / 'damaged_ckpt.pt').exists() == (kind == 'cut')
 
 
-def test_resume_refuses_other_mathematics_and_says_what_jumps(run, tiny, tmp_path):
+def test_resume_refuses_other_mathematics_and_says_what_changed(run, tiny, tmp_path):
     args = ['train.py', *tiny, f'--out_dir={tmp_path}', '--lr_schedule=cosine']
     run(*args)
     before = (tmp_path / 'ckpt.pt').read_bytes()
@@ -257,7 +257,7 @@ def test_resume_refuses_other_mathematics_and_says_what_jumps(run, tiny, tmp_pat
         run(*args, '--init_from=resume', '--lr_schedule=constant')
     assert (tmp_path / 'ckpt.pt').read_bytes() == before
     out = run(*args, '--init_from=resume', '--max_iters=6')
-    assert 'max_iters was 4, now 6' in out and 'the cosine of the learning rate jumps' in out
+    assert 'max_iters was 4, now 6' in out
 
 
 def test_resume_refuses_other_bins(run, tiny, bins, tmp_path):
@@ -268,9 +268,8 @@ def test_resume_refuses_other_bins(run, tiny, bins, tmp_path):
 
     def refused(what, **changes):
         (folder / 'meta.json').write_text(json.dumps(meta | changes))
-        with pytest.raises(UserError, match='trained with other settings or bins') as e:
-            run(*args, '--init_from=resume')
-        assert f'bins: {what} was ' in str(e.value)
+        with pytest.raises(UserError, match=f'other settings or bins: {what} was [^;]*; drop'):
+            run(*args, '--max_iters=1', '--init_from=resume')
 
     refused('latent_std', latent_std=0.5)
     refused('latent_mean', latent_mean=0.5)
@@ -491,7 +490,7 @@ MISTAKES = [
     ('--keep_interval=7', 'keep_interval=7 must be a multiple of save_interval=100'),
     ('--optimizer=sgd', "optimizer='sgd' is not one of 'muon', 'adamw'"),
     ('--init_from=resume', 'nothing to resume'),
-    ('--init_from=./nowhere', 'nothing to load'),
+    ('--init_from=./nowhere', 'is no file or folder here'),
     ('--learning_rat=1', 'did you mean learning_rate?'),
     ('config/none.py', 'no such config file'),
 ]
