@@ -27,9 +27,6 @@ from parts.checkpoint import (carry, find_checkpoint, is_jax, load_checkpoint, n
 from parts.official import (OFFICIAL_SETTINGS, check_fit, from_official_names, read_sizes,
                             to_official_names)
 
-# of a JAX checkpoint these are taken
-KEPT = ('params', 'ema_params1', 'step', 'epoch')
-
 # -------------------------------------------------------------------------------------------------
 # in: JAX
 
@@ -63,7 +60,7 @@ def read_orbax(folder):
     driver = 'zarr3' if meta.get('use_zarr3') else 'zarr'
     for entry in meta['tree_metadata'].values():
         keys = [str(part['key']) for part in entry['key_metadata']]
-        if keys[0] in KEPT:
+        if keys[0] in ('params', 'ema_params1', 'step', 'epoch'):
             name = '.'.join(keys)
             store = dict(driver='ocdbt', base=f'file://{root}/', path=f'{name}/')
             array = ts.open(dict(driver=driver, kvstore=store), open=True, read=True).result()
@@ -73,16 +70,16 @@ def read_orbax(folder):
 
 def from_flax(arrays):
     """Arrays by their flax names -> a checkpoint: official names, float32, kernels as (out, in)."""
-    ckpt = {}
+    ckpt = dict(params={}, ema_params1={})
     for name, x in arrays.items():
         part, _, name = re.sub(r'\.blocks_(\d+)\.', r'.blocks.\1.', name).partition('.')
         if part in ('step', 'epoch'):
             ckpt[part] = int(x)
-        elif name and part in KEPT:
+        elif part in ckpt:
             x = torch.from_numpy(np.array(x, dtype=np.float32))     # a copy: theirs is read-only
             if name.endswith('.kernel'):
                 name, x = name.removesuffix('kernel') + 'weight', x.T.contiguous()
-            ckpt.setdefault(part, {})[name] = x
+            ckpt[part][name] = x
     return ckpt
 
 # -------------------------------------------------------------------------------------------------
@@ -188,7 +185,8 @@ def main(source, folder):
 if __name__ == '__main__':
     sys.excepthook = one_line_errors
     open_streams()
-    if len(sys.argv) != 3 or sys.argv[1].startswith('-'):
+    if len(sys.argv) == 3:
+        main(*sys.argv[1:])
+    else:
         print(__doc__.strip())
-        sys.exit(0 if sys.argv[1:] in (['--help'], ['-h']) else 1)
-    main(*sys.argv[1:])
+        sys.exit(0 if '--help' in sys.argv else 1)

@@ -53,7 +53,7 @@ def lock(out_dir):
 
 @contextmanager
 def whole(path):
-    """A name to write a file or folder under, which becomes path: whole or not at all. UserError."""
+    """A name to write a file or folder under, that becomes path: whole or not at all. UserError."""
     aside = path + '.tmp'
     device.saving = True
     try:
@@ -140,23 +140,12 @@ MAY_CHANGE = (
 WHERE_IT_RUNS = ('ranks', 'device', 'bf16', 'compile', 'batch_size', 'gradient_accumulation_steps')
 
 
-def launch():
-    """What the processes of one torchrun share, over all its restarts."""
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
-
-
 def where_to_start(init_from, out_dir, overwrite):
     """Decide what init_from means here -> 'scratch', 'resume' or weights. Work is never lost."""
     there = checkpoints_in(out_dir)
     kind, _, weights = init_from.partition(':')
     if kind == 'auto':
         return 'resume' if there else weights or 'scratch'
-    # torchrun --max-restarts begins again with the same command line: what it began goes on
-    settings = os.path.join(out_dir, 'settings.json')
-    if there and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.exists(settings):
-        with open(settings, encoding='utf-8') as f:
-            if json.load(f).get('launch') == launch():
-                return 'resume'
     if there and init_from != 'resume' and not overwrite:
         raise UserError(f"{there[0]} is there already; go on with --init_from=resume, "
                         "choose another --out_dir, or --overwrite=true")
@@ -225,8 +214,7 @@ def begin_run(out_dir, resumed, config, c):
         os.replace(newest, os.path.join(out_dir, 'damaged_ckpt.pt'))
     model_args = asdict(carry(c, out_dir))
     with open(os.path.join(out_dir, 'settings.json'), 'w', encoding='utf-8') as f:
-        json.dump(dict(config=config, model_args=model_args, launch=launch(), command=sys.argv,
-                       torch=torch.__version__, python=sys.version), f, indent=1)
+        json.dump(dict(config=config, command=sys.argv, torch=torch.__version__), f, indent=1)
     metrics = open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8', buffering=1)
     metrics.write('\n' if resumed else '')      # ends a line that a kill may have cut
 

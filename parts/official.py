@@ -41,7 +41,7 @@ def from_official_names(state):
 
 
 def read_sizes(state):
-    """The sizes of the ELF that these weights are of, under our names -> dict. Raises for others'."""
+    """The sizes of the ELF that these weights, under our names, are of. Raises if of none."""
     D, head = state['t_emb_tokens'].shape[-1], state['blocks.0.attn.q_norm.weight'].numel()
     layers = {int(name.split('.')[1]) for name in state if name.startswith('blocks.')}
     return dict(

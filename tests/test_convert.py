@@ -305,8 +305,8 @@ def test_what_is_refused(pair, tmp_path, monkeypatch):
     data = (tmp_path / 'checkpoint_1').read_bytes()
     torch.save({'state_dict': {'net.' + k: x for k, x in pair[0].items()}, 1: Evil()}, 'evil.ckpt')
     torch.save({'state_dict': {'net.weight': torch.ones(2)}}, 'other.ckpt')
-    cases = {'evil.ckpt': r'os\.mkdir|posix\.mkdir|nt\.mkdir', 'other.ckpt': 'no readable checkpoint of an ELF',
-             'nothing': 'nothing'}
+    cases = {'evil.ckpt': r'os\.mkdir|posix\.mkdir|nt\.mkdir', 'nothing': 'nothing',
+             'other.ckpt': 'no readable checkpoint of an ELF'}
     noise = bytes(range(256))
     for name, content in (('empty', b''), ('cut', data[:len(data) // 2]), ('noise', noise)):
         (tmp_path / name).write_bytes(content)

@@ -22,7 +22,7 @@ import model
 import train
 from configurator import UserError, settings_of
 from model import ELF, MODELS, ELFConfig
-from parts.checkpoint import launch, save_checkpoint, where_to_start
+from parts.checkpoint import save_checkpoint, where_to_start
 from parts.data import FILES, sha256, write_split
 from parts.device import pick_device, start
 from sample import resolve_sampling
@@ -404,8 +404,7 @@ def test_a_checkpoint_is_not_overwritten_unasked(run, tiny, tmp_path, monkeypatc
         assert c.tokenizer == str(tmp_path / name / 'tokenizer')
 
 
-def test_where_to_start(tmp_path, monkeypatch):
-    monkeypatch.delenv('TORCHELASTIC_RESTART_COUNT', raising=False)
+def test_where_to_start(tmp_path):
     out = str(tmp_path)
 
     def start(init_from, overwrite=False):
@@ -415,21 +414,11 @@ def test_where_to_start(tmp_path, monkeypatch):
     assert with_auto == ['scratch', 'weights', 'org/repo']
     assert [start(x) for x in ('scratch', 'resume', 'weights')] == ['scratch', 'resume', 'weights']
     save_checkpoint(out, dict(iter_num=1))
-    (tmp_path / 'settings.json').write_text(json.dumps(dict(launch=launch())))
     assert [start(x) for x in ('auto', 'auto:weights', 'resume')] == ['resume'] * 3
     for init_from in ('scratch', 'weights'):
         with pytest.raises(UserError, match='there already'):
             start(init_from)
         assert start(init_from, overwrite=True) == init_from
-    # torchrun has started the same command again: only what this launch wrote goes on
-    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
-    for init_from in ('scratch', 'weights', 'auto:weights'):
-        assert start(init_from, overwrite=True) == 'resume'
-        assert start(init_from) == 'resume'
-    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'another')
-    assert start('scratch', overwrite=True) == 'scratch'
-    with pytest.raises(UserError, match='there already'):
-        start('scratch')
 
 # --------------------------------------------------------------------------------------------------
 # what is refused
