@@ -173,11 +173,10 @@ def main(source, folder):
         step = int(ckpt.get('iter_num', ckpt.get('step')) or step_in(path))
         epoch = int(ckpt.get('epoch') or 0)
         ema, params = networks_in(ckpt)
-        sizes = read_sizes(from_official_names(ema))
+        settings = read_settings(path, ckpt, read_sizes(from_official_names(ema)))
+        config = ELFConfig(**settings | ckpt.get('of_lightning', {}))
     if params is ema:
         print(f"{path} has the EMA or the weights alone; taking them for both")
-    settings = read_settings(path, ckpt, sizes, ELFConfig.__dataclass_fields__)
-    config = ELFConfig(**settings | ckpt.get('of_lightning', {}))
     out = write_official(folder, params, ema, step, epoch, config, path)
     print(f"{out}: EMA and weights of step {step}, no optimizer state")
 

@@ -18,7 +18,7 @@ shapes:
     B batch, T tokens, C latent width, D model width, H heads, P prefix tokens, V vocabulary
 """
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -77,7 +77,6 @@ class ELFConfig:
     grid: str = 'logit_normal'
     by_steps: dict = field(default_factory=dict)    # what differs there, {64: {'gamma': 1.0}}
 
-NAMES = [f.name for f in fields(ELFConfig)]
 # what weights are made for; everything else a run may change
 SIZES = ('n_layer', 'n_embd', 'n_head', 'vocab_size', 'latent_dim', 'bottleneck', 'n_time',
          'n_scale', 'n_mode', 'gelu')
@@ -252,8 +251,9 @@ class ELF(nn.Module):
     @classmethod
     def from_pretrained(cls, source):
         """A file, folder or hub id -> ELF with the EMA weights, float32, eval mode. UserError."""
-        settings, state = load_weights(source, known=NAMES)
-        model = cls(ELFConfig(**settings))
+        settings, state = load_weights(source)
+        with from_hub('not an ELF that this version knows', source):
+            model = cls(ELFConfig(**settings))
         check_fit(model.state_dict(), state, source)
         model.load_state_dict(state)
         return model.eval()

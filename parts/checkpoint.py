@@ -95,12 +95,10 @@ def newest_checkpoint(out_dir):
                 raise       # it is not damaged
             print(f"SKIPPED: {e}")
             continue
-        if 'optimizer' not in ckpt:
-            raise UserError(f"{path} has weights only, no state to resume from; "
-                            f"start from them with --init_from={path}")
-        return path, ckpt
-    raise UserError(f"nothing to resume in {out_dir}: no readable ckpt.pt; "
-                    "start with --init_from=scratch")
+        if 'optimizer' in ckpt:
+            return path, ckpt
+    raise UserError(f"nothing to resume in {out_dir}: no ckpt.pt that is whole and has more than "
+                    "weights, from which --init_from=scratch or --init_from=FILE can start")
 
 
 def checkpoints_in(out_dir):
@@ -347,7 +345,7 @@ def download(source):
         names = [file.path for file in get_cached_repo_tree(repo)]
     name = choose(names, source, '/'.join(inside))
     beside = name.removesuffix(os.path.basename(name))
-    wanted = [name, f'{name}/*', f'{beside}config.yml', *(f'{beside}{part}/*' for part in PARTS)]
+    wanted = [name, name + '/*'] + [beside + x for x in ('config.yml', 'tokenizer/*', 'encoder/*')]
     return os.path.join(snapshot_download(repo, allow_patterns=wanted), name)
 
 
@@ -366,7 +364,7 @@ def networks_in(ckpt):
     return ema or params or ckpt, params or ema or ckpt
 
 
-def load_weights(source, known):
+def load_weights(source):
     """
     What find_checkpoint finds -> settings for an ELFConfig, as read_settings has them; weights
     under our names, float32, the EMA if there is one. UserError for what is no ELF.
@@ -379,17 +377,14 @@ def load_weights(source, known):
         ema, _ = networks_in(ckpt)
         state = {name: x.float() for name, x in from_official_names(ema).items()}
         sizes = read_sizes(state)
-    return read_settings(path, ckpt, sizes, known), state
+    return read_settings(path, ckpt, sizes), state
 
 
-def read_settings(path, ckpt, sizes, known):
+def read_settings(path, ckpt, sizes):
     """
     The settings of a checkpoint -> dict for an ELFConfig. Sizes are those of the weights, all else
     our model_args, or the official config.yml beside the file, or, said so, the published
-    OpenWebText ones. UserError for settings whose names are not known, and as in find_parts.
+    OpenWebText ones. UserError as in find_parts.
     """
     settings = ckpt.get('model_args') or read_config_yml(path, sizes)
-    if unknown := sorted(settings.keys() - known):
-        raise UserError(f"{path} has settings that this code does not know: {', '.join(unknown)}; "
-                        "was it written by a later version?")
     return settings | find_parts(settings, path, ckpt) | sizes

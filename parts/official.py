@@ -23,9 +23,10 @@ def to_official_names(state):
     """Weights under our names -> copies under the official names and in their layouts."""
     official = {}
     for name, x in state.items():
-        is_kernel = name in OFFICIAL_WEIGHTS and x.ndim == 2
-        x = x.detach().clone()
-        official[OFFICIAL_WEIGHTS.get(name, name)] = (x.T if is_kernel else x).contiguous()
+        if name in OFFICIAL_WEIGHTS and x.ndim == 2:
+            x = x.T
+        copy = x.detach().clone(memory_format=torch.contiguous_format)
+        official[OFFICIAL_WEIGHTS.get(name, name)] = copy
     return official
 
 

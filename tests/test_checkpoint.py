@@ -157,7 +157,7 @@ def test_nothing_to_go_on_from(tmp_path, capsys):
     with pytest.raises(UserError, match='nothing to resume'):
         newest_checkpoint(str(tmp_path))
     save(tmp_path / 'ckpt.pt', dict(ema={}))
-    with pytest.raises(UserError, match='weights only'):
+    with pytest.raises(UserError, match='nothing to resume'):
         newest_checkpoint(str(tmp_path))
 
 
@@ -339,7 +339,7 @@ def test_settings_of_a_later_version_are_refused(tmp_path):
     ckpt = dict(model=net.state_dict(), ema=net.state_dict(),
                 model_args=asdict(net.config) | dict(n_new=3))
     save(tmp_path / 'ckpt.pt', ckpt)
-    with pytest.raises(UserError, match='does not know: n_new'):
+    with pytest.raises(UserError, match="unexpected keyword argument 'n_new'"):
         ELF.from_pretrained(str(tmp_path))
 
 
