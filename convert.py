@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from model import ELF, MODELS, ELFConfig
 from parts.checkpoint import (carry, find_checkpoint, is_jax, load_checkpoint, networks_in,
                               read_settings, step_in, whole)
-from parts.official import (OFFICIAL_SETTINGS, check_fit, from_official_names, read_sizes,
+from parts.official import (OFFICIAL_SETTINGS, from_official_names, read_sizes,
                             to_official_names)
 
 # -------------------------------------------------------------------------------------------------
@@ -134,19 +134,13 @@ def new_optimizer(params):
     return dict(state={}, param_groups=[muon, adam])
 
 
-def write_official(folder, params, ema, step, epoch, config, source='the weights'):
+def write_official(folder, params, ema, step, epoch, config):
     """
     Weights, ours or theirs, and an ELFConfig -> folder/checkpoint_<step> (the path returned),
     config.yml, model.safetensors with the EMA, tokenizer/ and encoder/ if they are no hub ids. All
-    or nothing, in a new folder. UserError. source: the weights' name.
+    or nothing, in a new folder. UserError.
     """
-    with torch.device('meta'):
-        want = ELF(config).state_dict()
-    state = {}
-    for name, weights in dict(ema_params1=ema, params=params).items():
-        ours = from_official_names(weights)
-        check_fit(want, ours, f"{source} ({name})")
-        state[name] = to_official_names(ours)
+    params, ema = (to_official_names(from_official_names(state)) for state in (params, ema))
     folder = os.path.abspath(folder)
     if os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f"{folder} exists already and is not overwritten; choose a new folder")
@@ -154,9 +148,10 @@ def write_official(folder, params, ema, step, epoch, config, source='the weights
         os.makedirs(aside)
         with open(os.path.join(aside, 'config.yml'), 'w', encoding='utf-8') as f:
             f.write(config_text(carry(config, aside)))
-        save_file(state['ema_params1'], os.path.join(aside, 'model.safetensors'))
+        save_file(ema, os.path.join(aside, 'model.safetensors'))
         with open(os.path.join(aside, f'checkpoint_{step}'), 'wb') as f:
-            torch.save(dict(state, opt_state=new_optimizer(params), step=step, epoch=epoch), f)
+            torch.save(dict(params=params, ema_params1=ema, opt_state=new_optimizer(params),
+                            step=step, epoch=epoch), f)
     return os.path.join(folder, f'checkpoint_{step}')
 
 # -------------------------------------------------------------------------------------------------
@@ -175,9 +170,13 @@ def main(source, folder):
         ema, params = networks_in(ckpt)
         settings = read_settings(path, ckpt, read_sizes(from_official_names(ema)))
         config = ELFConfig(**settings | ckpt.get('of_lightning', {}))
+        with torch.device('meta'):
+            net = ELF(config)
+        for state in (ema, params):
+            net.load_state_dict(from_official_names(state), assign=True)        # they fit, all
     if params is ema:
         print(f"{path} has the EMA or the weights alone; taking them for both")
-    out = write_official(folder, params, ema, step, epoch, config, path)
+    out = write_official(folder, params, ema, step, epoch, config)
     print(f"{out}: EMA and weights of step {step}, no optimizer state")
 
 

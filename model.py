@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parts.checkpoint import load_weights
 from parts.device import to_device
-from parts.official import check_fit, to_official_names
+from parts.official import to_official_names
 from parts.process import from_hub
 
 # -------------------------------------------------------------------------------------------------
@@ -251,11 +251,10 @@ class ELF(nn.Module):
     @classmethod
     def from_pretrained(cls, source):
         """A file, folder or hub id -> ELF with the EMA weights, float32, eval mode. UserError."""
-        settings, state = load_weights(source)
-        with from_hub('not an ELF that this version knows', source):
+        path, settings, state = load_weights(source)
+        with from_hub('not an ELF that this version knows', path):
             model = cls(ELFConfig(**settings))
-        check_fit(model.state_dict(), state, source)
-        model.load_state_dict(state)
+            model.load_state_dict(state)
         return model.eval()
 
     def to_official(self):

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from parts import device
-from parts.data import sha256, to_json
+from parts.data import open_bins, sha256, to_json
 from parts.official import from_official_names, read_config_yml, read_sizes
 from parts.process import UserError, from_hub, one_line
 
@@ -270,19 +270,15 @@ def find_parts(settings, path, ckpt):
             continue        # a hub id, or a folder that the user named
         if os.path.isdir(beside):
             found[part] = beside
-        elif name == part or prepared_again(os.path.dirname(name), ckpt):
+        elif name == part or 'data' in ckpt and not same_bins(os.path.dirname(name), ckpt):
             raise UserError(f"{path} needs its {part}; copy the one that it was trained with "
                             f"to {beside}")
     return found
 
 
-def prepared_again(folder, ckpt):
-    """Whether a set has other bins than those of a checkpoint of an older version."""
-    file = os.path.join(folder, 'meta.json')
-    if 'data' not in ckpt or not os.path.exists(file):
-        return False
-    with open(file, encoding='utf-8') as f:
-        return json.load(f)['checksums'] != ckpt['data']['checksums']
+def same_bins(folder, ckpt):
+    """Whether a set still has the bins that a checkpoint of an older version was trained on."""
+    return open_bins(*os.path.split(folder))['checksums'] == ckpt['data']['checksums']
 
 # -------------------------------------------------------------------------------------------------
 # where: a file, a folder, the hub
@@ -366,8 +362,8 @@ def networks_in(ckpt):
 
 def load_weights(source):
     """
-    What find_checkpoint finds -> settings for an ELFConfig, as read_settings has them; weights
-    under our names, float32, the EMA if there is one. UserError for what is no ELF.
+    What find_checkpoint finds -> its path; settings for an ELFConfig, as read_settings has them;
+    weights under our names, float32, the EMA if there is one. UserError for what is no ELF.
     """
     path = find_checkpoint(source)
     if is_jax(path) or 'state_dict' in (ckpt := load_checkpoint(path)):
@@ -377,7 +373,7 @@ def load_weights(source):
         ema, _ = networks_in(ckpt)
         state = {name: x.float() for name, x in from_official_names(ema).items()}
         sizes = read_sizes(state)
-    return read_settings(path, ckpt, sizes), state
+    return path, read_settings(path, ckpt, sizes), state
 
 
 def read_settings(path, ckpt, sizes):

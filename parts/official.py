@@ -9,7 +9,7 @@ import re
 
 import torch
 
-from parts.process import UserError, from_hub
+from parts.process import from_hub
 
 # -------------------------------------------------------------------------------------------------
 # weights
@@ -48,22 +48,13 @@ def read_sizes(state):
     return dict(
         n_layer=max(layers) + 1,
         n_embd=D,
-        n_head=D // head if D % head == 0 else 1,       # 1: check_fit will name q_norm
+        n_head=D // head if D % head == 0 else 1,       # 1: q_norm will not fit
         vocab_size=len(state['unembed.bias']),
         latent_dim=len(state['self_cond_proj.bias']),
         bottleneck=len(state['text_proj.proj1.weight']),
         n_time=state['t_emb_tokens'].shape[1],
         n_scale=state['self_cond_cfg_tokens'].shape[1],
         n_mode=state['mode_tokens'].shape[1])
-
-
-def check_fit(want, state, path):
-    """Compare weights with a model's state dict: UserError with all that is missing or wrong."""
-    expected, found = ({name: tuple(x.shape) for name, x in of.items()} for of in (want, state))
-    wrong = [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
-             for name in sorted(expected | found) if found.get(name) != expected.get(name)]
-    if wrong:
-        raise UserError(f"{path} does not fit an ELF of its sizes: {'; '.join(wrong)}")
 
 # -------------------------------------------------------------------------------------------------
 # config.yml, which holds only what its run overrode [configs/config.py]

@@ -356,15 +356,15 @@ def wrong_shape(state):
 
 
 @pytest.mark.parametrize('change, says', [
-    (lambda s: s.pop('blocks.1.attn.proj.weight'), 'blocks.1.attn.proj.weight is missing'),
+    (lambda s: s.pop('blocks.1.attn.proj.weight'), 'Missing key.*blocks.1.attn.proj.weight'),
     (lambda s: s.pop('t_emb_tokens'), 'no weights of an ELF: .*t_emb_tokens'),
-    (lambda s: s.update(extra=torch.ones(1)), r'extra is \(1,\), expected none'),
-    (lambda s: s.update({7: torch.ones(1)}), '7 is'),
+    (lambda s: s.update(extra=torch.ones(1)), 'Unexpected key.*extra'),
+    (lambda s: s.update({7: torch.ones(1)}), 'Unexpected key.*"7"'),
     (lambda s: s.update(mode_tokens=3), 'mode_tokens'),
-    (lambda s: s.update(proj_bias=3), 'proj.bias is missing'),
+    (lambda s: s.update(proj_bias=3), 'Missing key.*proj.bias'),
     (lambda s: s.update(unembed_bias=torch.tensor(1.0)), 'no weights of an ELF'),
     (lambda s: s.clear(), 'no weights of an ELF'),
-    (wrong_shape, r'text_proj.proj2.weight is \(5, 3\), expected \(32, 4\)'),
+    (wrong_shape, r'text_proj.proj2.weight: .*\[5, 3\].*\[32, 4\]'),
     (wide_heads, 'q_norm'), (odd_heads, 'q_norm')])
 def test_weights_that_do_not_fit(tmp_path, change, says):
     state = small().to_official()
@@ -475,8 +475,8 @@ def test_a_run_of_older_versions(bins, tmp_path):
     with pytest.raises(UserError, match='needs its tokenizer; copy the one that it was'):
         ELF.from_pretrained(str(run))
     shutil.move(data, tmp_path / 'elsewhere')
-    with pytest.raises(UserError, match='data/tiny/tokenizer.* is no file or folder here'):
-        load_tokenizer(ELF.from_pretrained(str(run)).config.tokenizer)
+    with pytest.raises(UserError, match='data/tiny/meta.json not found'):
+        ELF.from_pretrained(str(run))
     for part in ('tokenizer', 'encoder'):
         shutil.copytree(bins / 'tiny' / part, run / part)
     c = ELF.from_pretrained(str(run)).config
