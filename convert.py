@@ -24,8 +24,7 @@ from safetensors.torch import save_file
 from model import ELF, MODELS, ELFConfig
 from parts.checkpoint import (carry, find_checkpoint, is_jax, load_checkpoint, networks_in,
                               read_settings, step_in, whole)
-from parts.official import (OFFICIAL_SETTINGS, from_official_names, read_sizes,
-                            to_official_names)
+from parts.official import OFFICIAL_SETTINGS, from_official_names, to_official_names
 
 # -------------------------------------------------------------------------------------------------
 # in: JAX
@@ -56,14 +55,13 @@ def read_orbax(folder):
     import tensorstore as ts
     root, arrays = os.path.realpath(folder), {}
     with open(os.path.join(root, '_METADATA'), encoding='utf-8') as f:
-        meta = json.load(f)
-    driver = 'zarr3' if meta.get('use_zarr3') else 'zarr'
-    for entry in meta['tree_metadata'].values():
+        entries = json.load(f)['tree_metadata'].values()
+    for entry in entries:
         keys = [str(part['key']) for part in entry['key_metadata']]
         if keys[0] in ('params', 'ema_params1', 'step', 'epoch'):
             name = '.'.join(keys)
             store = dict(driver='ocdbt', base=f'file://{root}/', path=f'{name}/')
-            array = ts.open(dict(driver=driver, kvstore=store), open=True, read=True).result()
+            array = ts.open(dict(driver='auto', kvstore=store), open=True, read=True).result()
             arrays[name] = array.read().result()
     return arrays
 
@@ -168,7 +166,7 @@ def main(source, folder):
         step = int(ckpt.get('iter_num', ckpt.get('step')) or step_in(path))
         epoch = int(ckpt.get('epoch') or 0)
         ema, params = networks_in(ckpt)
-        settings = read_settings(path, ckpt, read_sizes(from_official_names(ema)))
+        settings = read_settings(path, ckpt, from_official_names(ema))
         config = ELFConfig(**settings | ckpt.get('of_lightning', {}))
         with torch.device('meta'):
             net = ELF(config)

@@ -204,12 +204,11 @@ def begin_run(out_dir, resumed, config, c):
                             "or drop it") from None
         run = init(project=config['wandb_project'], name=out_dir, config=config)
     locked = lock(out_dir)
-    newest = os.path.join(out_dir, 'ckpt.pt')
     if not resumed:
         put_aside(out_dir)
-    elif resumed != newest and os.path.lexists(newest):
-        # the next save must not let it replace the good one before it
-        os.replace(newest, os.path.join(out_dir, 'damaged_ckpt.pt'))
+    elif resumed != checkpoints_in(out_dir)[0]:
+        # damaged: the next save must not let it replace the good one before it
+        os.replace(f'{out_dir}/ckpt.pt', f'{out_dir}/damaged_ckpt.pt')
     model_args = asdict(carry(c, out_dir))
     with open(os.path.join(out_dir, 'settings.json'), 'w', encoding='utf-8') as f:
         json.dump(dict(config=config, command=sys.argv, torch=torch.__version__), f, indent=1)
@@ -372,15 +371,15 @@ def load_weights(source):
     with from_hub('no weights of an ELF', path):
         ema, _ = networks_in(ckpt)
         state = {name: x.float() for name, x in from_official_names(ema).items()}
-        sizes = read_sizes(state)
-    return path, read_settings(path, ckpt, sizes), state
+        return path, read_settings(path, ckpt, state), state
 
 
-def read_settings(path, ckpt, sizes):
+def read_settings(path, ckpt, state):
     """
-    The settings of a checkpoint -> dict for an ELFConfig. Sizes are those of the weights, all else
-    our model_args, or the official config.yml beside the file, or, said so, the published
-    OpenWebText ones. UserError as in find_parts.
+    A checkpoint and its weights under our names -> settings for an ELFConfig. Sizes are those of
+    the weights, all else our model_args, or the official config.yml beside the file, or, said so,
+    the published OpenWebText ones. UserError as in find_parts.
     """
+    sizes = read_sizes(state)
     settings = ckpt.get('model_args') or read_config_yml(path, sizes)
     return settings | find_parts(settings, path, ckpt) | sizes
