@@ -316,11 +316,9 @@ def find_checkpoint(source):
     repository, see KINDS. Paths here come before hub ids. UserError if there is nothing.
     """
     with from_hub('no checkpoint', source):
-        path = source
-        if not os.path.lexists(source):
-            path = download(source)
-        elif os.path.isdir(source) and not os.path.exists(os.path.join(source, '_METADATA')):
-            path = os.path.join(source, choose(os.listdir(source), source))
+        path = source if os.path.lexists(source) else download(source)
+        if os.path.isdir(path) and not os.path.exists(os.path.join(path, '_METADATA')):
+            path = os.path.join(path, choose(os.listdir(path), source))
         if not os.path.isdir(path):
             open(path, 'rb').close()        # or it says why not
         return path
