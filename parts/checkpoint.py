@@ -61,13 +61,13 @@ def whole(path):
         yield aside
         os.replace(aside, path)
     except (OSError, RuntimeError, SafetensorError) as e:       # three for a full disk
-        shutil.rmtree(aside, ignore_errors=True)
-        if os.path.exists(aside):
-            os.remove(aside)
         raise UserError(f"could not write {path}: {one_line(e)}; "
                         "what was there before is intact") from None
     finally:
         device.saving = False
+        shutil.rmtree(aside, ignore_errors=True)
+        if os.path.exists(aside):
+            os.remove(aside)
 
 
 def save_checkpoint(out_dir, ckpt, keep_as=''):
