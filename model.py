@@ -19,7 +19,7 @@ shapes:
 """
 import math
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parts.checkpoint import load_weights
 from parts.device import to_device
-from parts.official import check_fit, to_official_names
+from parts.official import to_official_names
 from parts.process import UserError, from_hub, one_line
 
 # -------------------------------------------------------------------------------------------------
@@ -78,7 +78,6 @@ class ELFConfig:
     grid: str = 'logit_normal'
     by_steps: dict = field(default_factory=dict)    # what differs there, {64: {'gamma': 1.0}}
 
-NAMES = [f.name for f in fields(ELFConfig)]
 # what weights are made for; everything else a run may change
 SIZES = ('n_layer', 'n_embd', 'n_head', 'vocab_size', 'latent_dim', 'bottleneck', 'n_time',
          'n_scale', 'n_mode', 'gelu')
@@ -253,10 +252,10 @@ class ELF(nn.Module):
     @classmethod
     def from_pretrained(cls, source):
         """A file, folder or hub id -> ELF with the EMA weights, float32, eval mode. UserError."""
-        settings, state = load_weights(source, known=NAMES)
-        model = cls(ELFConfig(**settings))
-        check_fit(model.state_dict(), state, source)
-        model.load_state_dict(state)
+        path, settings, state = load_weights(source)
+        with from_hub('not an ELF that this version knows', path):
+            model = cls(ELFConfig(**settings))
+            model.load_state_dict(state)
         return model.eval()
 
     def to_official(self):

@@ -148,7 +148,7 @@ def test_a_rank_dies_and_torchrun_brings_the_run_back(run, tiny, tmp_path, round
     """
     iters = 40 * rounds + 40
     args = [*tiny, '--gradient_accumulation_steps=2', '--save_interval=5', '--eval_interval=1000']
-    both = [*args, f'--max_iters={iters}']
+    both = [*args, f'--max_iters={iters}', '--init_from=auto']
     alone, out, rng = tmp_path / 'alone', tmp_path / 'killed', random.Random(1)
     process = start(out, *both, ranks=2, restarts=rounds)
     for _ in range(rounds):
