@@ -15,44 +15,36 @@ from parts.process import (UserError, one_line, one_line_errors, open_streams,
 import ast
 import difflib
 import os
+import re
 import runpy
 import sys
 from functools import lru_cache
-from types import ModuleType
 
 # what people who come from nanoGPT type
 NANOGPT = dict(
     block_size='max_length', lr_decay_iters='max_iters', decay_lr='lr_schedule', start='prompt',
     max_new_tokens='max_length', wandb_run_name='out_dir', checkpoint='init_from')
+# name = a number, quoted text, True or False, at the margin, perhaps with a comment
+SETTING = re.compile(r"^([a-z][a-z0-9_]*) *= *"
+                     r"""(-?[\d._]+(?:[eE][+-]?\d+)?|'[^'\n]*'|"[^"\n]*"|True|False)"""
+                     r" *(?:# *(.*))?$", re.MULTILINE)
+# lowest values; of other numbers it is 0
+LOWEST = dict(AT_LEAST_1=1, ABOVE_0=1e-9, MAY_BE_NEGATIVE=-1e15)
 
 
 @lru_cache
 def settings_of(script):
     """A script's top-level `name = constant` lines -> {name: (default, comment)}, in order."""
     with open(script, encoding='utf-8-sig') as f:     # as Python reads it, Notepad's mark or not
-        source = f.read()
-    lines, found = source.split('\n'), {}
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
-            continue
-        name = node.targets[0].id
-        try:
-            value = ast.literal_eval(node.value)
-        except ValueError:
-            continue
-        # capitals are constants
-        if isinstance(value, (bool, int, float, str)) and name.islower() and name[0] != '_':
-            after = lines[node.end_lineno - 1][node.end_col_offset:]
-            found[name] = value, after.partition('#')[2].strip()
-    return found
+        found = SETTING.findall(f.read())
+    return {name: (ast.literal_eval(value), comment) for name, value, comment in found}
 
 
 def check_value(g, name, value, where):
     """
     A value given for a setting of the script with the globals g -> the value, parsed if it is from
-    a command line. UserError for another type, or outside its range. CHOICES, AT_LEAST_1,
-    AT_MOST_1, ABOVE_0 and MAY_BE_NEGATIVE in g say the ranges; other numbers start at 0. The
-    default is always allowed.
+    a command line. UserError for another type, or outside its range. CHOICES, and AT_MOST_1 and the
+    tables of LOWEST, where g has them, say the ranges. The default is always allowed.
     """
     default, _ = settings_of(g['__file__'])[name]
     kind, shown = type(default), f"{where}: {name}={value!r}"
@@ -64,38 +56,33 @@ def check_value(g, name, value, where):
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        kinds = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text'}
-        raise UserError(f"{shown} is not {kinds[kind]} (default: {default!r})")
+        raise UserError(f"{shown} is not of type {kind.__name__}, as the default {default!r} is")
     choices = g.get('CHOICES', {}).get(name, [value])
     if value not in choices:
         raise UserError(f"{shown} is not one of {', '.join(map(repr, choices))}")
     if kind is str:
-        return os.path.expanduser(value) if value.startswith('~/') else value
-    if kind is bool or value == default:
-        return value
-    low = -1e15 if name in g.get('MAY_BE_NEGATIVE', ()) else int(name in g.get('AT_LEAST_1', ()))
-    high = 1 if name in g.get('AT_MOST_1', ()) else 1e15
-    above_0 = name in g.get('ABOVE_0', ())
-    if not low <= value <= high or above_0 and value == 0:      # nan is not, either
-        raise UserError(f"{shown} must lie between {low:g}{', itself excluded,' * above_0} and "
-                        f"{high:g} (default: {default!r})")
+        return os.path.expanduser(value)
+    low, high = 0, 1 if name in g.get('AT_MOST_1', ()) else 1e15
+    for table, lowest in LOWEST.items():
+        if name in g.get(table, ()):
+            low = lowest
+    if not low <= value <= high and value != default:       # nan is not, either
+        raise UserError(f"{shown} must lie between {low:g} and {high:g} (default: {default!r})")
     return value
 
 
 def run_config_file(arg, script):
     """The settings that a config file makes -> {name: value}; it may lie beside the script."""
     beside = os.path.join(os.path.dirname(os.path.abspath(script)), arg)
-    path = next((p for p in (arg, beside) if os.path.isfile(p)), None)
-    if path is None:
-        raise UserError(f"{arg}: no such config file (settings are given as --name=value)")
     try:
-        names = runpy.run_path(path)
+        names = runpy.run_path(arg if os.path.exists(arg) else beside)
     except Exception as e:
-        raise UserError(f"{arg} does not run; a config file is Python, name = value a line: "
-                        + one_line(e)) from None
+        raise UserError(f"{arg} is no config file that runs ({one_line(e)}): such a file is "
+                        "Python, name = value a line; without one, settings are --name=value"
+                        ) from None
     settings = settings_of(script)
-    found = {name: value for name, value in names.items() if name in settings or not (
-        name[0] == '_' or callable(value) or isinstance(value, ModuleType))}
+    found = {name: value for name, value in names.items() if name in settings
+             or name[0] != '_' and isinstance(value, (int, float, str))}
     if not found:
         raise UserError(f"{arg} sets no setting; a config file is Python, name = value a line")
     return found
@@ -111,8 +98,7 @@ def configure(g, argv=None, given=None):
     open_streams()
     argv = sys.argv[1:] if argv is None else argv
     given = set() if given is None else given
-    script = g['__file__']
-    settings = settings_of(script)
+    settings = settings_of(g['__file__'])
 
     if '--help' in argv or '-h' in argv:
         print(g['__doc__'].strip())
@@ -121,19 +107,15 @@ def configure(g, argv=None, given=None):
             print(f"  {f'--{name}={default}':34} {comment}".rstrip())
         sys.exit(0)
     for arg in argv:
-        name, equals, value = arg[2:].partition('=')
-        if not arg.startswith('--'):
-            layer = run_config_file(arg, script)
-        elif equals:
+        name, equals, value = arg.removeprefix('--').partition('=')
+        if arg.startswith('--') and equals:
             layer = {name: value}
         else:
-            raise UserError(f"{arg}: settings are given as --name=value, "
-                            f"for example --{name or 'seed'}=1")
+            layer = run_config_file(arg, g['__file__'])
         for name, value in layer.items():
             if name not in settings:
                 near = difflib.get_close_matches(NANOGPT.get(name, name), settings, n=1)
-                hint = (f"did you mean {near[0]}?" if near else
-                        f"python {os.path.basename(script)} --help lists the settings")
+                hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
                 raise UserError(f"{arg}: unknown setting {name!r}; {hint}")
             g[name] = check_value(g, name, value, arg)
             given.add(name)

@@ -10,26 +10,21 @@ parameter filled, no shape changed. A tokenizer and an encoder that are folders 
 DST, a new folder, is whole: it can be moved, or uploaded, and used there.
 """
 # before torch: see there
-from parts.process import UserError, one_line, one_line_errors, open_streams
+from parts.process import UserError, from_hub, one_line_errors, open_streams
 
 import json
 import os
 import re
-import shutil
 import sys
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
-from model import ELF, ELFConfig
-from parts.checkpoint import (carry, find_checkpoint, is_jax, load_checkpoint, read_settings,
-                              step_in)
-from parts.official import (OFFICIAL_SETTINGS, PUBLISHED_SIZES, check_fit, from_official_names,
-                            read_sizes, to_official_names)
-
-# A checkpoint that was read is a dict: params and / or ema_params1, both under official names, and
-# perhaps step, epoch, model_args, settings. Of a JAX one these are taken:
-KEPT = ('params', 'ema_params1', 'step', 'epoch')
+from model import ELF, MODELS, ELFConfig
+from parts.checkpoint import (carry, find_checkpoint, is_jax, load_checkpoint, networks_in,
+                              read_settings, step_in, whole)
+from parts.official import OFFICIAL_SETTINGS, from_official_names, to_official_names
 
 # -------------------------------------------------------------------------------------------------
 # in: JAX
@@ -60,49 +55,33 @@ def read_orbax(folder):
     import tensorstore as ts
     root, arrays = os.path.realpath(folder), {}
     with open(os.path.join(root, '_METADATA'), encoding='utf-8') as f:
-        meta = json.load(f)
-    driver = 'zarr3' if meta.get('use_zarr3') else 'zarr'
-    for entry in meta['tree_metadata'].values():
+        entries = json.load(f)['tree_metadata'].values()
+    for entry in entries:
         keys = [str(part['key']) for part in entry['key_metadata']]
-        if keys[0] in KEPT:
+        if keys[0] in ('params', 'ema_params1', 'step', 'epoch'):
             name = '.'.join(keys)
             store = dict(driver='ocdbt', base=f'file://{root}/', path=f'{name}/')
-            array = ts.open(dict(driver=driver, kvstore=store), open=True, read=True).result()
+            array = ts.open(dict(driver='auto', kvstore=store), open=True, read=True).result()
             arrays[name] = array.read().result()
     return arrays
 
 
 def from_flax(arrays):
     """Arrays by their flax names -> a checkpoint: official names, float32, kernels as (out, in)."""
-    ckpt = {}
+    ckpt = dict(params={}, ema_params1={})
     for name, x in arrays.items():
         part, _, name = re.sub(r'\.blocks_(\d+)\.', r'.blocks.\1.', name).partition('.')
         if part in ('step', 'epoch'):
             ckpt[part] = int(x)
-        elif name and part in KEPT:
+        elif part in ckpt:
             x = torch.from_numpy(np.array(x, dtype=np.float32))     # a copy: theirs is read-only
             if name.endswith('.kernel'):
                 name, x = name.removesuffix('kernel') + 'weight', x.T.contiguous()
-            ckpt.setdefault(part, {})[name] = x
+            ckpt[part][name] = x
     return ckpt
 
 # -------------------------------------------------------------------------------------------------
-# in: torch
-
-def read_torch(path):
-    ckpt = load_checkpoint(path)
-    if 'state_dict' in ckpt:
-        return read_lightning(path, ckpt)
-    kept = dict(step=ckpt.get('iter_num', ckpt.get('step')), epoch=ckpt.get('epoch'),
-                model_args=ckpt.get('model_args'))
-    names = dict(params='params', model='params', ema='ema_params1', ema_params1='ema_params1')
-    for name, k in names.items():
-        if isinstance(ckpt.get(name), dict) and ckpt[name]:
-            kept[k] = to_official_names(from_official_names(ckpt[name]))
-    if not kept.keys() & {'params', 'ema_params1'}:     # the weights alone
-        kept['ema_params1'] = to_official_names(from_official_names(ckpt))
-    return kept
-
+# in: Lightning
 
 def read_lightning(path, ckpt):
     """
@@ -117,10 +96,10 @@ def read_lightning(path, ckpt):
         k = 'ema_params1' if 'ema' in place.lower() else 'params'
         print(f"{path}: {k} under {place!r}")
         state = {name.removeprefix(place): x for name, x in flat.items() if name.startswith(place)}
-        kept[k] = to_official_names(from_official_names(state))
         if 'final_layer.norm.weight' in state:      # its network differs in a name, and in the GELU
-            kept[k]['final_layer.norm_final.weight'] = kept[k].pop('final_layer.norm.weight')
-            kept['settings'] = dict(gelu='none')
+            state['final_layer.norm_final.weight'] = state.pop('final_layer.norm.weight')
+            kept['of_lightning'] = dict(gelu='none')
+        kept[k] = state
     return kept
 
 # -------------------------------------------------------------------------------------------------
@@ -129,8 +108,8 @@ def read_lightning(path, ckpt):
 def config_text(c):
     """An ELFConfig as the text of an official config.yml, its samplers as sampling_configs."""
     import yaml
-    size = PUBLISHED_SIZES.get((c.n_layer, c.n_embd, c.n_head))
-    official = {'model': size} if size else {}
+    official = {'model': name for name, m in MODELS.items()
+                if (m.n_layer, m.n_embd, m.n_head) == (c.n_layer, c.n_embd, c.n_head)}
     for key, (name, default) in OFFICIAL_SETTINGS.items():
         if key != 'gelu' or c.gelu != default:      # not a setting of theirs
             official[key] = getattr(c, name)
@@ -153,68 +132,57 @@ def new_optimizer(params):
     return dict(state={}, param_groups=[muon, adam])
 
 
-def write_official(folder, params, ema, step, epoch, config, source='the weights'):
+def write_official(folder, params, ema, step, epoch, config):
     """
-    Weights under official names and an ELFConfig -> folder/checkpoint_<step> (the path returned),
+    Weights, ours or theirs, and an ELFConfig -> folder/checkpoint_<step> (the path returned),
     config.yml, model.safetensors with the EMA, tokenizer/ and encoder/ if they are no hub ids. All
-    or nothing: written aside, then renamed; a new folder. UserError. source: the weights' name.
+    or nothing, in a new folder. UserError.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-    with torch.device('meta'):
-        want = ELF(config).state_dict()
-    for name, state in dict(ema_params1=ema, params=params).items():
-        check_fit(want, from_official_names(state), f"{source} ({name})")
+    params, ema = (to_official_names(from_official_names(state)) for state in (params, ema))
     folder = os.path.abspath(folder)
-    aside, name = folder + '.tmp', f'checkpoint_{step}'
     if os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f"{folder} exists already and is not overwritten; choose a new folder")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)        # of one that was killed
+    with whole(folder) as aside:
         os.makedirs(aside)
-        config = carry(config, aside)
         with open(os.path.join(aside, 'config.yml'), 'w', encoding='utf-8') as f:
-            f.write(config_text(config))
+            f.write(config_text(carry(config, aside)))
         save_file(ema, os.path.join(aside, 'model.safetensors'))
-        with open(os.path.join(aside, name), 'wb') as f:
+        with open(os.path.join(aside, f'checkpoint_{step}'), 'wb') as f:
             torch.save(dict(params=params, ema_params1=ema, opt_state=new_optimizer(params),
                             step=step, epoch=epoch), f)
-        os.replace(aside, folder)
-    except (OSError, RuntimeError, SafetensorError) as e:       # three for a full disk
-        raise UserError(f"could not write {folder}: {str(e).splitlines()[0]}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return os.path.join(folder, name)
+    return os.path.join(folder, f'checkpoint_{step}')
 
 # -------------------------------------------------------------------------------------------------
 
 def main(source, folder):
     path = find_checkpoint(source)
-    try:
+    with from_hub('no readable checkpoint of an ELF', path):
         if is_jax(path):
-            ckpt = from_flax((read_orbax if os.path.isdir(path) else read_msgpack)(path))
+            ckpt = from_flax(read_orbax(path) if os.path.isdir(path) else read_msgpack(path))
         else:
-            ckpt = read_torch(path)
-        step, epoch = int(ckpt.get('step') or step_in(path)), int(ckpt.get('epoch') or 0)
-    except UserError:
-        raise
-    except Exception as e:      # a damaged file can raise nearly anything
-        raise UserError(f"{path} is no readable checkpoint: {one_line(e)}") from None
-    ema = ckpt.get('ema_params1') or ckpt.get('params', {})
-    params = ckpt.get('params') or ema
+            ckpt = load_checkpoint(path)
+        if 'state_dict' in ckpt:
+            ckpt = read_lightning(path, ckpt)
+        step = int(ckpt.get('iter_num', ckpt.get('step')) or step_in(path))
+        epoch = int(ckpt.get('epoch') or 0)
+        ema, params = networks_in(ckpt)
+        settings = read_settings(path, ckpt, from_official_names(ema))
+        config = ELFConfig(**settings | ckpt.get('of_lightning', {}))
+        with torch.device('meta'):
+            net = ELF(config)
+        for state in (ema, params):
+            net.load_state_dict(from_official_names(state), assign=True)        # they fit, all
     if params is ema:
         print(f"{path} has the EMA or the weights alone; taking them for both")
-    sizes = read_sizes(from_official_names(ema), path)
-    settings = read_settings(path, ckpt, sizes, ELFConfig.__dataclass_fields__)
-    config = ELFConfig(**settings | ckpt.get('settings', {}))
-    out = write_official(folder, params, ema, step, epoch, config, path)
+    out = write_official(folder, params, ema, step, epoch, config)
     print(f"{out}: EMA and weights of step {step}, no optimizer state")
 
 
 if __name__ == '__main__':
     sys.excepthook = one_line_errors
     open_streams()
-    if len(sys.argv) != 3 or sys.argv[1].startswith('-'):
+    if len(sys.argv) == 3:
+        main(*sys.argv[1:])
+    else:
         print(__doc__.strip())
-        sys.exit(0 if sys.argv[1:] in (['--help'], ['-h']) else 1)
-    main(*sys.argv[1:])
+        sys.exit(0 if '--help' in sys.argv else 1)

@@ -8,8 +8,19 @@ How good are the texts? Sample a checkpoint, or take a file of texts, and measur
     python eval.py --out_dir=out/pydocs --dataset=pydocs --judge=ngram --num_samples=200 \\
         --sweep="steps=4,8,16,32 gamma=0,1,1.5,2,3"     # table and picture; run again, it goes on
 
-Read the columns together: repetition lowers the perplexity of a judge, and entropy and distinct-4
+Read the columns together: repetition lowers the perplexity of a judge, and entropy and distinct_4
 with it.
+
+    nats_per_char, nats_per_token   of each, by n-grams of training text: 5 characters, 3 tokens
+    gen_ppl                         perplexity of the texts for a causal LM, the judge
+    entropy, distinct_4_judge       of the judge's tokens (GPT-2's): of a text, nats; share of
+                                    different ones among all 4-grams
+    entropy_own, distinct_4         the same of the tokens of the model or dataset, else of words
+    repetition                      share of the 5-grams that their text holds three times or more
+    bleu, rouge1, rouge2, rougeL    of other scripts than a to z by words, or by characters where
+                                    no spaces are; rouge2 of texts of one word is 0
+    exact, exact_stderr             share of texts equal to their target, its standard error
+    empty                           texts that are blank
 """
 from configurator import UserError, check_value, configure      # before torch: see there
 
@@ -17,7 +28,6 @@ import itertools
 import math
 import os
 import sys
-import time
 from functools import partial
 from operator import itemgetter
 
@@ -32,11 +42,10 @@ from parts.data import (batched, check_vocabulary, cut_at_eos, get_rows, load_to
                         open_split, printable, read_inputs, read_jsonl, read_row, to_json)
 from parts.device import (autocast, compile_in_place, gather, pack_linears, print0, rank_and_world,
                           start)
-from parts.metrics import bleu, entropy, exact_match, rouge  # noqa: F401, for those who import them
-from parts.metrics import (count_ids, find_targets, gen_ppl, judge_ids, load_gpt2,
-                           load_judge, mean, measure, ngram_nats, over_runs, print_table,
-                           train_ngram)
-from parts.plots import plot_losses, plot_sweep, read_rows  # noqa: F401
+# five of these for those who look for them here
+from parts.metrics import (bleu, entropy, exact_match, find_targets, gen_ppl,  # noqa: F401
+                           make_judges, mean, measure, over_runs, print_table, rouge)
+from parts.plots import label, plot_losses, plot_sweep, read_rows  # noqa: F401
 from sample import CHOICES, load_model, resolve_sampling, sample_texts  # noqa: F401, for configure
 
 # --------------------------------------------------------------------------------------------------
@@ -120,14 +129,10 @@ def describe_val(val):
 
 def write_few(model, encoder, meta, file, seed):
     """Four texts of a model in training to a JSONL file; the first of them shown."""
-    c, tokenizer, conditions = model.config, load_tokenizer(meta['tokenizer']), []
-    if c.max_input_length:
-        ids, index = open_split(meta, 'val')        # there may be no val.jsonl
-        for r in range(len(index))[:4]:
-            condition, _ = read_row(ids, index, r)
-            text = tokenizer.decode(condition, skip_special_tokens=True)
-            conditions.append(dict(input=text))
-    rows = sample_set(model, tokenizer, encoder, conditions, 4, resolve_sampling(c), seed, 4, file)
+    c, conditions = model.config, []
+    if c.max_input_length:      # of the bins, as there may be no val.jsonl
+        conditions = list(itertools.islice(read_split(meta, 'val'), 4))
+    rows = sample_set(model, encoder, conditions, 4, resolve_sampling(c), seed, 4, file)
     print0(f"{file} | {printable(rows[0]['generated'])[:120]}")
 
 # --------------------------------------------------------------------------------------------------
@@ -137,48 +142,51 @@ def read_samples(file, input_file='', meta=None):
     """
     A JSONL file -> list of dicts with 'generated', its 'ids' (of the tokenizer of the bins meta,
     else words) and perhaps 'target': its own, or that of the line of input_file with the number
-    'id', by default its own line. UserError names file and line.
+    'id', by default its own line. UserError if it does not fit.
     """
-    targets, rows = find_targets(read_inputs(input_file)) if input_file else [], []
-    encode = str.split
+    rows, encode, targets = [], str.split, {}
     if meta:
         encode = partial(load_tokenizer(meta['tokenizer']).encode, add_special_tokens=False)
+    if input_file:
+        given = find_targets(read_inputs(input_file))
+        targets = {str(i): target for i, target in enumerate(given)}
     for where, row in read_jsonl(file):
-        number = row.get('id', len(rows))
-        if input_file and number not in range(len(targets)):
-            raise UserError(f"{where} has id {number!r}; {input_file} has {len(targets)} lines "
-                            "that all have a 'target'")
-        if input_file:
-            row['target'] = targets[int(number)]
         text = row.get('generated', row.get('text'))
-        if not isinstance(text, str) or not isinstance(row.get('target', ''), str) or (
-                'target' in row) != ('target' in (rows or [row])[0]):
-            raise UserError(f"{where} needs a text under 'generated' or 'text', and under 'target' "
-                            "if others have one")
-        text = text.encode('utf-8', 'replace').decode()     # half a surrogate pair: '?'
+        if not isinstance(text, str):
+            raise UserError(f"{where} needs a text under 'generated' or 'text'")
+        if input_file:
+            row['target'] = targets.get(str(row.get('id', len(rows))))
         rows.append(row | dict(generated=text, ids=encode(text)))
     if not rows:
         raise UserError(f"{file} has no texts")
+    if not find_targets(rows) and any('target' in row for row in rows):
+        raise UserError(f"{file}: not each text has a 'target', its own or that of the line of "
+                        "input_file which its 'id' names")
     return rows
 
 
-def read_split(meta, split, n):
-    """Up to n rows of a split, evenly spaced, each up to its first EOS."""
-    tokenizer, (ids, index) = load_tokenizer(meta['tokenizer']), open_split(meta, split)
-    numbers = np.linspace(0, len(index), min(n, len(index)), endpoint=False).astype(int)
-    targets = [read_row(ids, index, r)[1].tolist() for r in numbers]
-    targets = [cut_at_eos(target, meta['eos_id']) for target in targets]
-    return [dict(generated=tokenizer.decode(target, skip_special_tokens=True), ids=target)
-            for target in targets]
+def read_split(meta, split, n=sys.maxsize):
+    """
+    Up to n rows of a split, evenly spaced -> one after the other a dict: 'input', its condition;
+    'generated' and 'ids', up to its first EOS.
+    """
+    decode = partial(load_tokenizer(meta['tokenizer']).decode, skip_special_tokens=True)
+    ids, index = open_split(meta, split)
+    for r in np.linspace(0, len(index), min(n, len(index)), endpoint=False).astype(int):
+        condition, target = read_row(ids, index, r)
+        target = cut_at_eos(target.tolist(), meta['eos_id'])
+        yield dict(input=decode(condition), generated=decode(target), ids=target)
 
 
-def sample_set(model, tokenizer, encoder, conditions, n, sampling, seed, batch_size, file):
+def sample_set(model, encoder, conditions, n, sampling, seed, batch_size, file):
     """
     Sample n texts, or one for each condition. Each rank samples its share of a batch and gets all
     of it; the first one adds it to a file, if one is named: a kill leaves what is done.
     """
-    inputs, targets = [row['input'] for row in conditions] or None, find_targets(conditions)
-    (rank, world), rows = rank_and_world(), []
+    c, rows = model.config, []
+    tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
+    inputs, targets = [row['input'] for row in conditions], find_targets(conditions)
+    rank, world = rank_and_world()
     batches = list(batched(range(len(conditions) or n), batch_size * world))
     for numbers in tqdm(batches, unit='batch', leave=False, disable=True if rank else None):
         mine = sample_texts(model, tokenizer, numbers[rank::world], batch_size, seed,
@@ -206,8 +214,8 @@ def add_lines(file, rows, mode='a'):
 
 def combinations(text, settings):
     """
-    'steps=4,8 gamma=0,1.5' -> the product of its values, dicts with all of SWEPT, the others as in
-    settings: an empty text is one combination. UserError for other names and wrong values.
+    'steps=4,8 gamma=0,1.5' -> the product of its values: tuples in the order of SWEPT, what is not
+    named as in settings; an empty text is one. UserError for other names and wrong values.
     """
     values = {name: [settings[name]] for name in SWEPT}
     for part in text.split():
@@ -216,138 +224,114 @@ def combinations(text, settings):
             raise UserError(f"--sweep: {part!r} is not name=value,value with one of "
                             f"{', '.join(SWEPT)}")
         values[name] = [check_value(globals(), name, x, '--sweep') for x in given.split(',')]
-    return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
+    return list(itertools.product(*values.values()))
 
 
 def open_model(init_from, meta, config, device, bf16):
     """
-    -> model, its tokenizer, its text encoder if it may be needed, what it gets: dicts with 'input'
-    and perhaps 'target', none if it is a model without conditions. UserError if it does not fit.
+    -> model, its text encoder if it may be needed, what it gets: dicts with 'input' and perhaps
+    'target', none if it is a model without conditions. UserError if it does not fit.
     """
     source, file = init_from or config['out_dir'], config['input_file']
     model = load_model(init_from, config['out_dir']).to(device)
     c, encoder, conditions = model.config, None, []
     if meta:
         check_vocabulary(meta, c, source)
-    if bool(c.max_input_length) != bool(file or meta and meta.get('conditional')):
+    if meta.get('conditional'):
+        file = file or os.path.join(meta['dir'], 'val.jsonl')
+    if bool(c.max_input_length) != bool(file):
         raise UserError(f"{source} is a model {'with' if c.max_input_length else 'without'} "
                         "conditions; --dataset or --input_file must fit it")
-    if c.max_input_length:
-        conditions = read_inputs(file or os.path.join(meta['dir'], 'val.jsonl'))
-    tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
-    if conditions or meta:
+    if file:
+        conditions = read_inputs(file)[:config['num_samples']]
+    if file or meta:
         encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
     if not config['compile'] or not compile_in_place(model, device=device):
         pack_linears(model, bf16)
-    return model, tokenizer, encoder, conditions[:config['num_samples']]
-
-
-def open_models(combos, meta, config, device, bf16):
-    """
-    combinations' dicts -> {source: what open_model gives}, and of each combination a dict: 'source'
-    and when its weights were written, the sampler's settings.
-    """
-    models, plan = {}, []
-    for init_from, *given in map(dict.values, combos):
-        source = init_from or config['out_dir']
-        if source not in models:
-            models[source] = open_model(init_from, meta, config, device, bf16)
-        sampling = resolve_sampling(models[source][0].config, *given)
-        weights = os.path.getmtime(find_checkpoint(source))
-        plan.append(dict(source=source, weights=weights, **sampling))
-    return models, plan
-
-
-def make_judges(judge, gpt2, meta, device):
-    """The settings judge and gpt2 -> functions of texts and their ids that give metrics, dicts."""
-    judges = []
-    if judge == 'ngram':
-        if not meta or meta.get('conditional'):
-            raise UserError("--judge=ngram learns from training text without conditions; name its "
-                            "bins: --dataset=<folder under data_dir>")
-        # a million tokens are enough for a 5-gram
-        n = 1 + 1_000_000 * meta['rows']['train'] // meta['tokens']['train']
-        train = read_split(meta, 'train', n)
-        of_chars = train_ngram([row['generated'] for row in train], 5)
-        of_tokens = train_ngram([tuple(row['ids']) for row in train], 3)
-        judges.append(lambda texts, ids: dict(
-            nats_per_char=ngram_nats(texts, of_chars),
-            nats_per_token=ngram_nats([tuple(row) for row in ids], of_tokens)))
-    elif judge != 'none':
-        load_judge(judge, str(device))      # if it is missing, that shows now
-        judges.append(lambda texts, ids: gen_ppl(texts, judge, device=device))
-    if gpt2:
-        encode = load_gpt2(gpt2)
-        judges.append(lambda texts, ids: count_ids(judge_ids(texts, encode)))
-    return judges
+    return model, encoder, conditions
 
 
 if __name__ == '__main__':
     given = set()
     config = configure(globals(), given=given)
-    if samples and (unread := given & {'sweep', 'num_samples', 'seeds', 'compile', *SWEPT}):
+    unread = given & {'sweep', 'num_samples', 'seeds', 'compile', *SWEPT}
+    if samples and unread:
         raise UserError(f"--samples are scored as they are; drop {', '.join(sorted(unread))}")
     seeds = [check_value(globals(), 'seed', s, '--seeds') for s in seeds.split(',') if s] or [seed]
-    combos = combinations(sweep, config)
     device, bf16, about = start(device, dtype)
     rank, world = rank_and_world()
 
     # ---- what is missing or wrong shows here, before the sampling; nothing is written yet --------
-    meta = open_bins(data_dir, dataset) if dataset else None
-    models, real = {}, []
+    meta = open_bins(data_dir, dataset) if dataset else {}
+    models, plan, real = {}, [], []
     if samples:
-        texts, plan = read_samples(samples, input_file, meta), [dict(source=samples)]
+        plan, texts = [dict(source=samples)], read_samples(samples, input_file, meta)
     else:
-        models, plan = open_models(combos, meta, config, device, bf16)
-        model, _, encoder, texts = models[plan[0]['source']]
+        for init_from, *settings in combinations(sweep, config):
+            source = init_from or out_dir
+            if source not in models:
+                models[source] = open_model(init_from, meta, config, device, bf16)
+            sampling = resolve_sampling(models[source][0].config, *settings)
+            weights = os.path.getmtime(find_checkpoint(source))
+            plan.append(dict(source=source, weights=weights, **sampling))
+        model, encoder, texts = models[plan[0]['source']]
     if judge == 'auto':
         judge = 'none' if find_targets(texts) else 'gpt2-large'
     if meta and not meta.get('conditional'):
-        real = read_split(meta, 'val', len(texts) or num_samples)
+        real = list(read_split(meta, 'val', len(texts) or num_samples))
+    train, limit = [], sum(len(row['ids']) for row in real) or sys.maxsize
+    if judge == 'ngram':
+        if not real:
+            raise UserError("--judge=ngram learns from training text without conditions; name its "
+                            "bins: --dataset=<folder under data_dir>")
+        # a million tokens are enough
+        n = 1 + 1_000_000 * meta['rows']['train'] // meta['tokens']['train']
+        train = list(read_split(meta, 'train', n))
     log = os.path.join(out_dir, 'sweep.jsonl' if sweep else 'metrics.jsonl')
     if rank == 0:
-        judges = make_judges(judge, gpt2, meta, device)
+        judges = make_judges(judge, gpt2, train, device)
         make_out_dir(out_dir)
         add_lines(log, [])
     known = gather(read_rows(log) if sweep and rank == 0 else [])[0]
     print0(f"device: {about}, ranks: {world}; judge: {judge}")
 
     # ---- the texts: each rank samples its share, the first one measures --------------------------
-    val, rows, limit = {}, [], sum(len(row['ids']) for row in real) or sys.maxsize
+    beside, rows = {}, []       # what a plain evaluation says besides
     if models and meta and eval_iters and not sweep:
         with autocast(device, bf16):
-            val = dict(val=estimate_loss(model, encoder, meta, eval_iters, batch_size, device))
-        print0(describe_val(val['val']))
+            val = estimate_loss(model, encoder, meta, eval_iters, batch_size, device)
+        print0(describe_val(val))
+        beside['val'] = val
     for entry in plan:
-        entry = config | dict(sweep='', judge=judge) | entry
-        row = next((row for row in known if entry.items() <= row.items()), None)
-        if row is None:
-            sampling, runs, began = {k: entry[k] for k in SWEPT[1:]}, [], time.time()
+        row = config | dict(sweep='', judge=judge) | entry
+        done = [old for old in known if row.items() <= old.items()]
+        if not done:
+            runs = []
+            sampling = {k: row[k] for k in SWEPT[1:]}
             for s in seeds if models else []:
                 print0(f'sampling with seed {s}:', sampling)
                 name = 'samples_eval' + f'_{s}' * (len(seeds) > 1) + '.jsonl'
                 file = '' if sweep else os.path.join(out_dir, name)
                 with autocast(device, bf16):
-                    runs.append(sample_set(*models[entry['source']], num_samples, sampling, s,
+                    runs.append(sample_set(*models[row['source']], num_samples, sampling, s,
                                            batch_size, file))
-            row = entry | dict(seconds=round(time.time() - began, 2))
             if rank == 0:
                 row |= over_runs([measure(run, limit, judges) for run in runs or [texts]])
                 add_lines(log, [row] if sweep else [])
-        rows.append(row)
+        rows += done[:1] or [row]
     if world > 1:
         dist.destroy_process_group()
     if rank:
         sys.exit()
 
     # ---- the table, and the same as a line of JSON -----------------------------------------------
-    beside = dict(real=measure(real, limit, judges)) if real else {}
+    real_row = dict(real=measure(real, limit, judges)) if real else {}
     names = [k for k in ('source', *SWEPT[1:]) if len({row[k] for row in rows}) > 1]
-    table = {' '.join(f'{k}={row[k]}' for k in names) or 'samples': row for row in rows}
-    report = rows[0] | val | beside
+    print_table({label(row, names): row for row in rows} | real_row)
     if sweep:
-        plot_sweep(os.path.join(out_dir, 'sweep.png'), rows, beside.get('real'), names)
+        plot_sweep(os.path.join(out_dir, 'sweep.png'), rows, real_row.get('real'), names)
+        print(f"{log}, sweep.png")
     else:
+        report = rows[0] | beside | real_row
         add_lines(log, [report])
-    print_table(table | beside)
-    print(f"\n{log}, sweep.png" if sweep else to_json(report))
+        print(to_json(report))

@@ -19,7 +19,7 @@ shapes:
 """
 import math
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from parts.checkpoint import load_weights
 from parts.device import to_device
-from parts.official import check_fit, to_official_names
-from parts.process import UserError, from_hub
+from parts.official import to_official_names
+from parts.process import UserError, from_hub, one_line
 
 # -------------------------------------------------------------------------------------------------
 # settings: all that rebuilds a model and its task, so that a checkpoint needs no train.py
@@ -78,7 +78,6 @@ class ELFConfig:
     grid: str = 'logit_normal'
     by_steps: dict = field(default_factory=dict)    # what differs there, {64: {'gamma': 1.0}}
 
-NAMES = [f.name for f in fields(ELFConfig)]
 # what weights are made for; everything else a run may change
 SIZES = ('n_layer', 'n_embd', 'n_head', 'vocab_size', 'latent_dim', 'bottleneck', 'n_time',
          'n_scale', 'n_mode', 'gelu')
@@ -251,10 +250,10 @@ class ELF(nn.Module):
     @classmethod
     def from_pretrained(cls, source):
         """A file, folder or hub id -> ELF with the EMA weights, float32, eval mode. UserError."""
-        settings, state = load_weights(source, known=NAMES)
-        model = cls(ELFConfig(**settings))
-        check_fit(model.state_dict(), state, source)
-        model.load_state_dict(state)
+        path, settings, state = load_weights(source)
+        with from_hub('not an ELF that this version knows', path):
+            model = cls(ELFConfig(**settings))
+            model.load_state_dict(state)
         return model.eval()
 
     def to_official(self):
@@ -447,15 +446,11 @@ class TextEncoder(nn.Module):
             self.model = self.model.get_encoder()
         self.model.eval().requires_grad_(False)
         self.latent_mean, self.latent_std = latent_mean, latent_std
-        self.longest = self.window = math.inf
-        self.causal = self.is_causal(name)
-        # how far a token sees in some layers; how many positions there are vectors for, of which
-        # RoBERTa leaves some to padding
+        # how far a token sees in some layers
         configs = [part.config for part in self.model.modules() if hasattr(part, 'config')]
-        windows = [getattr(c, 'sliding_window', None) for c in configs]
+        windows = [getattr(config, 'sliding_window', None) for config in configs]
         self.window = min(filter(None, windows), default=math.inf)
-        unused = 1 + getattr(getattr(self.model, 'embeddings', None), 'padding_idx', -1)
-        self.longest = getattr(configs[0], 'max_position_embeddings', math.inf) - unused
+        self.causal = self.is_causal(name)
 
     def is_causal(self, name):
         """
@@ -491,11 +486,10 @@ class TextEncoder(nn.Module):
         [utils/encoder_utils.py]
         """
         T, mask = ids.shape[1], None
-        limit = self.longest if cond_mask is None else min(self.longest, self.window)
-        if T > limit:
-            raise UserError(f"rows of {T} tokens are too long for this encoder, which takes {limit}"
-                            + " with conditions" * (cond_mask is not None))
-        if valid_mask is not None and T > self.window:
+        if T > self.window and cond_mask is not None:
+            raise UserError(f"rows of {T} tokens with conditions are too long for this encoder, "
+                            f"whose tokens see only {self.window} around them")
+        if T > self.window and valid_mask is not None:
             mask = valid_mask.long()        # the model makes its own mask of it, with the window
         elif valid_mask is not None:
             see = valid_mask.bool()[:, None, :]                     # (B, 1 or T query, T key)
@@ -511,7 +505,10 @@ class TextEncoder(nn.Module):
             # transformers 5
             mask = torch.zeros(see.shape, device=ids.device)
             mask = mask.masked_fill_(~see, torch.finfo(torch.float32).min)[:, None]
-        latents = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        try:
+            latents = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        except (IndexError, RuntimeError) as e:         # no positions for them, no memory
+            raise UserError(f"rows of {T} tokens do not fit the encoder: {one_line(e)}") from None
         return (latents.float() - self.latent_mean) / self.latent_std
 
 

@@ -544,7 +544,7 @@ def make_set(folder, files, names, settings):
     for split in ('train', 'val'):
         rows = make_rows(read_split(files, names, split), names, tok, pack, max_length)
         rows = tqdm(rows, desc=split, unit=' rows', disable=None)
-        written = write_split(folder, split, rows, meta['dtype'], len(tok), tok.eos_token_id)
+        written = write_split(meta, split, rows)
         meta['rows'][split], meta['tokens'][split], longest = written
         meta['max_length'] = max(meta['max_length'], longest)
         if not meta['rows'][split]:

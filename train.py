@@ -49,7 +49,6 @@ wandb_log = False           # also log to Weights & Biases
 wandb_project = 'elf'
 # data
 data_dir = 'data'
-verify_data = False         # read the bins once and compare their checksums
 dataset = 'openwebtext'     # folder of bins under data_dir, see prepare.py
 encoder = ''                # text encoder and tokenizer the bins must have been made for, '' = any
 tokenizer = ''
@@ -158,7 +157,7 @@ if __name__ == '__main__':
     master, ctx = rank == 0, autocast(device, bf16)
 
     # ---- data, and what follows from it ---------------------------------------------------------
-    meta = open_bins(data_dir, dataset, verify_data)
+    meta = open_bins(data_dir, dataset)
     check_bins(meta, config)
     micro_steps = gradient_accumulation_steps // world
     rows_per_step = batch_size * gradient_accumulation_steps

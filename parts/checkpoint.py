@@ -5,7 +5,6 @@ ckpt.pt and the one before it, ckpt_prev.pt, are written whole or not at all and
 needs to go on, in tensors and plain types only. A tokenizer and an encoder that are no names on the
 hub lie beside them, in tokenizer/ and encoder/, so that the folder can be moved and used anywhere.
 """
-import glob
 import json
 import os
 import re
@@ -13,12 +12,15 @@ import shutil
 import sys
 import tempfile
 import zipfile
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from parts import device
-from parts.data import sha256, to_json
+from parts.data import open_bins, sha256, to_json
 from parts.official import from_official_names, read_config_yml, read_sizes
 from parts.process import UserError, from_hub, one_line
 
@@ -42,7 +44,6 @@ def lock(out_dir):
         import fcntl
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        f.close()
         raise UserError(f"another run is writing {out_dir}; "
                         "stop it or choose another --out_dir") from None
     except (ImportError, OSError):      # Windows; Lustre and NFS may come without
@@ -50,34 +51,38 @@ def lock(out_dir):
     return f
 
 
-def save_checkpoint(out_dir, ckpt, keep_as=''):
-    """Write out_dir/ckpt.pt; the one before stays as ckpt_prev.pt; keep_as: a name for a copy."""
-    path = os.path.join(out_dir, 'ckpt.pt')
+@contextmanager
+def whole(path):
+    """A name to write a file or folder under, that becomes path: whole or not at all. UserError."""
     aside = path + '.tmp'
     device.saving = True
     try:
+        shutil.rmtree(aside, ignore_errors=True)        # of one that was killed
+        yield aside
+        os.replace(aside, path)
+    except (OSError, RuntimeError, SafetensorError) as e:       # three for a full disk
+        raise UserError(f"could not write {path}: {one_line(e)}; "
+                        "what was there before is intact") from None
+    finally:
+        device.saving = False
+        shutil.rmtree(aside, ignore_errors=True)
+        if os.path.exists(aside):
+            os.remove(aside)
+
+
+def save_checkpoint(out_dir, ckpt, keep_as=''):
+    """Write out_dir/ckpt.pt; the one before stays as ckpt_prev.pt; keep_as: a name for a copy."""
+    path = os.path.join(out_dir, 'ckpt.pt')
+    with whole(path) as aside:
         with open(aside, 'wb') as f:
             torch.save(ckpt, f)
             f.flush()
             os.fsync(f.fileno())
         if os.path.lexists(path):
-            before = 'damaged_ckpt.pt' if path in damaged else 'ckpt_prev.pt'
-            os.replace(path, os.path.join(out_dir, before))
-        damaged.discard(path)
-        os.replace(aside, path)
-        if keep_as:
+            os.replace(path, os.path.join(out_dir, 'ckpt_prev.pt'))
+    if keep_as:
+        with whole(os.path.join(out_dir, keep_as)) as aside:
             shutil.copyfile(path, aside)
-            os.replace(aside, os.path.join(out_dir, keep_as))
-    except (OSError, RuntimeError) as e:        # a full disk is a RuntimeError inside torch.save
-        if os.path.exists(aside):
-            os.remove(aside)
-        raise UserError(f"could not write {path}: {str(e).splitlines()[0]}; "
-                        "what was there before is intact") from None
-    finally:
-        device.saving = False
-
-
-damaged = set()     # paths: the next save must not let them replace the good ones before them
 
 
 def newest_checkpoint(out_dir):
@@ -88,21 +93,27 @@ def newest_checkpoint(out_dir):
         except UserError as e:
             if isinstance(e.__context__, (PermissionError, FileNotFoundError)):
                 raise       # it is not damaged
-            print(f"SKIPPED, the next save makes it damaged_ckpt.pt: {e}")
-            damaged.add(path)
+            print(f"SKIPPED: {e}")
             continue
-        if 'optimizer' not in ckpt:
-            raise UserError(f"{path} has weights only, no state to resume from; "
-                            f"start from them with --init_from={path}")
-        return path, ckpt
-    raise UserError(f"nothing to resume in {out_dir}: no readable ckpt.pt; "
-                    "start with --init_from=scratch")
+        if 'optimizer' in ckpt:
+            return path, ckpt
+    raise UserError(f"nothing to resume in {out_dir}: no ckpt.pt that is whole and has more than "
+                    "weights, from which --init_from=scratch or --init_from=FILE can start")
 
 
 def checkpoints_in(out_dir):
     """Paths of the checkpoints of the run in out_dir that are there, the newest first."""
     paths = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt')]
     return [path for path in paths if os.path.lexists(path)]
+
+
+def load_checkpoint(path):
+    """The dict in a file, tensors and plain types only. UserError if damaged or if it has code."""
+    with from_hub('no readable checkpoint of tensors and plain types alone', path):
+        if path.endswith('.safetensors'):
+            return load_file(path)
+        check_checksums(path)       # torch.load reads on past a wrong one
+        return dict(torch.load(path, map_location='cpu', weights_only=True))
 
 
 def check_checksums(path):
@@ -113,26 +124,6 @@ def check_checksums(path):
                if x.compress_type or x.external_attr or x.file_size != x.compress_size]
         if odd or z.testzip():
             raise ValueError("its checksums do not fit")
-
-
-def load_checkpoint(path):
-    """The dict in a file, tensors and plain types only. UserError if damaged or if it has code."""
-    try:
-        if path.endswith('.safetensors'):
-            from safetensors.torch import load_file
-            return load_file(path)
-        if zipfile.is_zipfile(path):        # torch.load reads on past a wrong checksum
-            check_checksums(path)
-        ckpt = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:      # unpickling a damaged file can raise nearly anything
-        reason = one_line(e).split('. ')[0]     # torch goes on to advise how to run it
-        if called := re.search(r'GLOBAL (\S+)', str(e)):
-            reason = f"it would run {called[1]}"
-        raise UserError(f"{path} is not a readable checkpoint "
-                        f"(only tensors and plain types are loaded): {reason}") from None
-    if not isinstance(ckpt, dict):
-        raise UserError(f"{path} holds a {type(ckpt).__name__}, not a dict of weights")
-    return ckpt
 
 # -------------------------------------------------------------------------------------------------
 # a run: where it starts, what it may change, how it ends
@@ -147,22 +138,12 @@ MAY_CHANGE = (
 WHERE_IT_RUNS = ('ranks', 'device', 'bf16', 'compile', 'batch_size', 'gradient_accumulation_steps')
 
 
-def launch():
-    """What the processes of one torchrun share, over all its restarts."""
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
-
-
 def where_to_start(init_from, out_dir, overwrite):
     """Decide what init_from means here -> 'scratch', 'resume' or weights. Work is never lost."""
     there = checkpoints_in(out_dir)
-    if init_from == 'auto' or init_from.startswith('auto:'):
-        return 'resume' if there else init_from[5:] or 'scratch'
-    # torchrun --max-restarts begins again with the same command line: what it began goes on
-    settings = os.path.join(out_dir, 'settings.json')
-    if there and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) and os.path.exists(settings):
-        with open(settings, encoding='utf-8') as f:
-            if json.load(f).get('launch') == launch():
-                return 'resume'
+    kind, _, weights = init_from.partition(':')
+    if kind == 'auto':
+        return 'resume' if there else weights or 'scratch'
     if there and init_from != 'resume' and not overwrite:
         raise UserError(f"{there[0]} is there already; go on with --init_from=resume, "
                         "choose another --out_dir, or --overwrite=true")
@@ -186,28 +167,22 @@ def check_resume(path, ckpt, config):
     UserError if a run would go on with other mathematics or on other data than its checkpoint's
     -> list of what else is not as it was, in words. config: settings, what runs them, the bins.
     """
-    found = device.gather((os.path.basename(path), ckpt['iter_num']))
+    found = device.gather(ckpt['iter_num'])
     if len(set(found)) > 1:
-        raise UserError(f"the ranks see different checkpoints in {os.path.dirname(path)}: {found}; "
-                        "it must be one folder that all of them share")
-    was, now = ckpt['config'], config['bins']
-    data = ckpt.get('data', {})         # where older versions had it
-    bins = was.get('bins') or data | data.get('checksums', {})
-    if differ := [name for name in bins if now.get(name, bins[name]) != bins[name]]:
-        raise UserError(f"{path} was trained on other bins than those of --dataset="
-                        f"{config['dataset']} now ({', '.join(differ)} differ); prepare them as "
-                        "they were, or start anew")
-    was, now = (x | dict(rows_per_step=x['batch_size'] * x['gradient_accumulation_steps'])
-                for x in (was, config))
+        raise UserError(f"the ranks see different checkpoints in {os.path.dirname(path)}, of the "
+                        f"iterations {found}; it must be one folder that all of them share")
+    old = ckpt.get('data', {})          # where older versions had the bins
+    was = ckpt['config'] | ckpt['config'].get('bins', old | old.get('checksums', {}))
+    now = config | config['bins']
+    for x in (was, now):
+        x['rows_per_step'] = x['batch_size'] * x['gradient_accumulation_steps']
     changed = {name: f"{name} was {was[name]!r}, now {now[name]!r}" for name in was
                if name not in MAY_CHANGE and now.get(name, was[name]) != was[name]}
-    if not changed.keys() <= {'max_iters', *WHERE_IT_RUNS}:
-        raise UserError(f"{path} was trained with other settings: {'; '.join(changed.values())}; "
-                        "drop the override or choose another --out_dir")
     told = list(changed.values())
-    if 'max_iters' in changed and config['lr_schedule'] == 'cosine':
-        told.append("the cosine of the learning rate jumps")
-    if changed.keys() & set(WHERE_IT_RUNS):
+    if not changed.keys() <= {'max_iters', *WHERE_IT_RUNS}:
+        raise UserError(f"{path} was trained with other settings or bins: {'; '.join(told)}; drop "
+                        "the override, prepare the bins as they were, or choose another --out_dir")
+    if changed.keys() - {'max_iters'}:
         told.append("the same rows a step, perhaps by other draws; not the same bit for bit")
     return told
 
@@ -227,17 +202,18 @@ def begin_run(out_dir, resumed, config, c):
         except ImportError:
             raise UserError("wandb_log=True, but wandb is not installed; pip install wandb, "
                             "or drop it") from None
+        run = init(project=config['wandb_project'], name=out_dir, config=config)
     locked = lock(out_dir)
     if not resumed:
         put_aside(out_dir)
+    elif resumed != checkpoints_in(out_dir)[0]:
+        # damaged: the next save must not let it replace the good one before it
+        os.replace(f'{out_dir}/ckpt.pt', f'{out_dir}/damaged_ckpt.pt')
     model_args = asdict(carry(c, out_dir))
     with open(os.path.join(out_dir, 'settings.json'), 'w', encoding='utf-8') as f:
-        json.dump(dict(config=config, model_args=model_args, launch=launch(), command=sys.argv,
-                       torch=torch.__version__, python=sys.version), f, indent=1)
+        json.dump(dict(config=config, command=sys.argv, torch=torch.__version__), f, indent=1)
     metrics = open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8', buffering=1)
     metrics.write('\n' if resumed else '')      # ends a line that a kill may have cut
-    if config['wandb_log']:
-        run = init(project=config['wandb_project'], name=out_dir, config=config)
 
     def log(**numbers):
         metrics.write(to_json(numbers) + '\n')
@@ -269,23 +245,16 @@ def carry(c, out_dir):
     here and it has none, each whole or not at all -> the config that a checkpoint in out_dir holds:
     it names them 'tokenizer' and 'encoder'; hub ids stay. UserError.
     """
-    names = {}
-    for part in PARTS:
-        source, there = getattr(c, part), os.path.join(out_dir, part)
-        if not os.path.isdir(source):
-            continue
-        names[part], aside = part, there + '.tmp'
+    carried = [part for part in PARTS if os.path.isdir(getattr(c, part))]
+    for part in carried:
+        there = os.path.join(out_dir, part)
         if os.path.exists(there):
             continue        # of the run that goes on, the same: see check_resume
-        try:
-            shutil.rmtree(aside, ignore_errors=True)        # of a copy that was killed
-            shutil.copytree(source, aside, ignore=shutil.ignore_patterns(*NOT_CARRIED[part]))
+        with whole(there) as aside:
+            skipped = shutil.ignore_patterns(*NOT_CARRIED[part])
+            shutil.copytree(getattr(c, part), aside, ignore=skipped)
             os.chmod(aside, 0o755)      # the source may be read-only
-            os.replace(aside, there)
-        except OSError as e:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise UserError(f"cannot copy the {part} {source} to {there}: {one_line(e)}") from None
-    return replace(c, **names)
+    return replace(c, **{part: part for part in carried})
 
 
 def find_parts(settings, path, ckpt):
@@ -296,27 +265,19 @@ def find_parts(settings, path, ckpt):
     found = {}
     for part in PARTS:
         name, beside = settings.get(part, ''), os.path.join(os.path.dirname(path) or '.', part)
-        if not re.fullmatch(f'(.*/.*/)?{part}', name):
+        if os.path.basename(name) != part:
             continue        # a hub id, or a folder that the user named
         if os.path.isdir(beside):
             found[part] = beside
-        elif name == part or not os.path.isdir(name):
-            raise UserError(f"{path} needs its {part}; copy it from where the model was trained "
+        elif name == part or 'data' in ckpt and not same_bins(os.path.dirname(name), ckpt):
+            raise UserError(f"{path} needs its {part}; copy the one that it was trained with "
                             f"to {beside}")
-        elif prepared_again(os.path.dirname(name), ckpt):
-            raise UserError(f"{path} needs its {part}, but {os.path.dirname(name)} was prepared "
-                            f"again since; copy the one it was trained with to {beside}")
     return found
 
 
-def prepared_again(folder, ckpt):
-    """Whether a set has other bins than those of a checkpoint of an older version."""
-    file = os.path.join(folder, 'meta.json')
-    if 'data' not in ckpt or not os.path.exists(file):
-        return False
-    with open(file, encoding='utf-8') as f:
-        now = json.load(f)['checksums']
-    return any(now.get(name) != was for name, was in ckpt['data']['checksums'].items())
+def same_bins(folder, ckpt):
+    """Whether a set still has the bins that a checkpoint of an older version was trained on."""
+    return open_bins(*os.path.split(folder))['checksums'] == ckpt['data']['checksums']
 
 # -------------------------------------------------------------------------------------------------
 # where: a file, a folder, the hub
@@ -355,11 +316,9 @@ def find_checkpoint(source):
     repository, see KINDS. Paths here come before hub ids. UserError if there is nothing.
     """
     with from_hub('no checkpoint', source):
-        path = source
-        if not os.path.lexists(source):
-            path = download(source)
-        elif os.path.isdir(source) and not os.path.exists(os.path.join(source, '_METADATA')):
-            path = os.path.join(source, choose(os.listdir(source), source))
+        path = source if os.path.lexists(source) else download(source)
+        if os.path.isdir(path) and not os.path.exists(os.path.join(path, '_METADATA')):
+            path = os.path.join(path, choose(os.listdir(path), source))
         if not os.path.isdir(path):
             open(path, 'rb').close()        # or it says why not
         return path
@@ -370,23 +329,16 @@ def download(source):
     A hub id -> the path in the hub's cache of the checkpoint that is meant; what belongs to it lies
     there, too. Without a network, what the cache has.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    at = re.fullmatch(r'(\w[^/]*/[^/]+)(?:/(.*[^/]))?', source)
-    if not at:
-        raise UserError(f"{source!r} is no file or folder here, and no hub id (org/repo); "
-                        "nothing to load")
-    repo, inside = at.groups(default='')
+    from huggingface_hub import get_cached_repo_tree, list_repo_files, snapshot_download
+    org, name, *inside = source.rstrip('/').split('/')
+    repo = f'{org}/{name}'
     try:
-        names = HfApi().list_repo_files(repo)
+        names = list_repo_files(repo)
     except Exception:       # of many kinds; if the cache has nothing either, from_hub tells it
-        print(f"the hub cannot be asked for {repo}; looking in its cache")
-        # [] asks for no file, only for the folder
-        folder = snapshot_download(repo, allow_patterns=[], local_files_only=True)
-        names = [name for name in glob.glob('**', root_dir=folder, recursive=True)
-                 if os.path.isfile(os.path.join(folder, name))]
-    name = choose(names, source, inside)
+        names = [file.path for file in get_cached_repo_tree(repo)]
+    name = choose(names, source, '/'.join(inside))
     beside = name.removesuffix(os.path.basename(name))
-    wanted = [name, f'{name}/*', f'{beside}config.yml', *(f'{beside}{part}/*' for part in PARTS)]
+    wanted = [name, name + '/*'] + [beside + x for x in ('config.yml', 'tokenizer/*', 'encoder/*')]
     return os.path.join(snapshot_download(repo, allow_patterns=wanted), name)
 
 
@@ -398,32 +350,34 @@ def is_jax(path):
         return b'\x81' <= f.read(1) <= b'\x8f' and not path.endswith('.safetensors')
 
 
-def load_weights(source, known):
+def networks_in(ckpt):
+    """The EMA and the weights in a checkpoint, ours or theirs, or in bare weights; of one both."""
+    ema = ckpt.get('ema') or ckpt.get('ema_params1')
+    params = ckpt.get('model') or ckpt.get('params')
+    return ema or params or ckpt, params or ema or ckpt
+
+
+def load_weights(source):
     """
-    What find_checkpoint finds -> settings for an ELFConfig, as read_settings has them; weights
-    under our names, float32, the EMA if there is one. UserError for what is no ELF.
+    What find_checkpoint finds -> its path; settings for an ELFConfig, as read_settings has them;
+    weights under our names, float32, the EMA if there is one. UserError for what is no ELF.
     """
     path = find_checkpoint(source)
-    convert_first = f"convert it first: python convert.py {source} FOLDER"
-    if is_jax(path):
-        raise UserError(f"{path} is a JAX checkpoint; {convert_first}")
-    ckpt = load_checkpoint(path)
-    if 'state_dict' in ckpt:
-        raise UserError(f"{path} is a Lightning checkpoint; {convert_first}")
-    places = ('ema', 'ema_params1', 'params', 'model')
-    state = next((ckpt[k] for k in places if isinstance(ckpt.get(k), dict)), ckpt)
-    state = {name: x.float() for name, x in from_official_names(state).items()}
-    return read_settings(path, ckpt, read_sizes(state, path), known), state
+    if is_jax(path) or 'state_dict' in (ckpt := load_checkpoint(path)):
+        raise UserError(f"{path} is a JAX or Lightning checkpoint; convert it first: "
+                        f"python convert.py {source} FOLDER")
+    with from_hub('no weights of an ELF', path):
+        ema, _ = networks_in(ckpt)
+        state = {name: x.float() for name, x in from_official_names(ema).items()}
+        return path, read_settings(path, ckpt, state), state
 
 
-def read_settings(path, ckpt, sizes, known):
+def read_settings(path, ckpt, state):
     """
-    The settings of a checkpoint -> dict for an ELFConfig. Sizes are those of the weights, all else
-    our model_args, or the official config.yml beside the file, or, said so, the published
-    OpenWebText ones. UserError for settings whose names are not known, and as in find_parts.
+    A checkpoint and its weights under our names -> settings for an ELFConfig. Sizes are those of
+    the weights, all else our model_args, or the official config.yml beside the file, or, said so,
+    the published OpenWebText ones. UserError as in find_parts.
     """
+    sizes = read_sizes(state)
     settings = ckpt.get('model_args') or read_config_yml(path, sizes)
-    if unknown := sorted(settings.keys() - known):
-        raise UserError(f"{path} has settings that this code does not know: {', '.join(unknown)}; "
-                        "was it written by a later version?")
     return settings | find_parts(settings, path, ckpt) | sizes

@@ -11,7 +11,6 @@ A row is condition then target, each with its EOS; unconditional rows have an em
 import contextlib
 import hashlib
 import json
-import math
 import os
 from functools import lru_cache
 from itertools import islice
@@ -25,12 +24,14 @@ from parts.process import UserError, from_hub, one_line
 # bins
 
 FILES = ('train.bin', 'val.bin', 'train.idx.npy', 'val.idx.npy')
+NUMBERS = ('vocab_size', 'pad_id', 'eos_id', 'max_length', 'latent_dim', 'latent_mean',
+           'latent_std')     # of meta.json
 
 
-def open_bins(data_dir, dataset, verify=False):
+def open_bins(data_dir, dataset):
     """
     meta.json of a prepared set -> dict, with its folder as 'dir', tokenizer and encoder as names to
-    load. Sizes are checked against it, with verify checksums too. UserError if anything differs.
+    load. UserError if it is gone, or if the bins are not of the sizes that it speaks of.
     """
     folder = os.path.join(data_dir, dataset)
     finish_swap(data_dir, dataset)
@@ -39,27 +40,21 @@ def open_bins(data_dir, dataset, verify=False):
             meta = json.load(f)
         meta['dir'] = folder
         for part in ('tokenizer', 'encoder'):       # trained or seeded ones lie beside the bins
-            if os.path.isdir(os.path.join(folder, meta[part])):
-                meta[part] = os.path.join(folder, meta[part])
+            beside = os.path.join(folder, meta[part])
+            if os.path.isdir(beside):
+                meta[part] = beside
         for split in ('train', 'val'):
             ids, index = open_split(meta, split)
             if [len(ids), *index.shape] != [meta['tokens'][split], meta['rows'][split], 2]:
-                raise ValueError(f"{split} has {len(ids)} tokens in {len(index)} rows, not what "
-                                 "meta.json speaks of")
-        ids = [meta[name] in range(meta['vocab_size']) for name in ('pad_id', 'eos_id')]
-        sizes = [meta[name] in range(1, 1 << 40) for name in ('latent_dim', 'max_length')]
-        scale = 0 < meta['latent_std'] < math.inf and math.isfinite(meta['latent_mean'])
-        if not all((*ids, *sizes, scale, dict(meta['checksums']))):
-            raise ValueError("numbers of meta.json that make no set")
-        for name in FILES if verify else ():
-            if sha256(os.path.join(folder, name)) != meta['checksums'][name]:
-                raise ValueError(f"{name} has another checksum")
-    except FileNotFoundError as e:
-        raise UserError(f"{e.filename} not found; run: python prepare.py --dataset={dataset}, or "
-                        "the command at the top of its config file; in training --dataset is the "
-                        f"name of a folder in {data_dir}") from None
-    except PermissionError as e:
-        raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
+                raise ValueError(f"{split} is not of the sizes that meta.json has")
+        numbers = [meta[name] for name in NUMBERS]
+        if not np.isfinite(numbers).all() or not meta['checksums']:
+            raise ValueError("meta.json has numbers that are none")
+    except OSError as e:
+        raise UserError(f"cannot read {e.filename}: {e.strerror}; to make it, run: "
+                        f"python prepare.py --dataset={dataset}, or the command at the top of its "
+                        f"config file; in training --dataset is the name of a folder in {data_dir}"
+                        ) from None
     except Exception as e:      # a damaged file can raise nearly anything
         raise UserError(f"{folder} is damaged ({one_line(e)}); prepare the dataset again") from None
     return meta
@@ -67,10 +62,10 @@ def open_bins(data_dir, dataset, verify=False):
 
 def finish_swap(data_dir, name):
     """Put a set back that prepare.py had moved aside when it was killed between its two renames."""
-    folder, old = os.path.join(data_dir, name), os.path.join(data_dir, f'.{name}.old')
-    if os.path.isdir(old) and not os.path.exists(folder):
-        with contextlib.suppress(FileNotFoundError):        # another rank was faster
-            os.replace(old, folder)
+    folder = os.path.join(data_dir, name)
+    if not os.path.exists(folder):
+        with contextlib.suppress(FileNotFoundError):    # nothing aside, or another rank was faster
+            os.replace(os.path.join(data_dir, f'.{name}.old'), folder)
 
 
 def check_bins(meta, config):
@@ -83,20 +78,19 @@ def check_bins(meta, config):
     if bool(input_length) != meta.get('conditional', False):
         raise UserError(f"{meta['dir']} has {'no ' * bool(input_length)}conditions, but "
                         f"max_input_length is {input_length}: the condition tokens to keep, or 0")
-    if meta['max_length'] > length and not input_length:
-        raise UserError(f"{meta['dir']} has rows of {meta['max_length']} tokens, max_length is "
-                        f"{length}; raise it or prepare shorter rows")
-    if input_length >= length:
-        raise UserError(f"max_input_length={input_length} leaves no room for a target in rows of "
-                        f"max_length={length}; lower it")
+    # a condition is cut, and then its target; a text on its own is not
+    needed = input_length + 1 if input_length else meta['max_length']
+    if length < needed:
+        raise UserError(f"{meta['dir']} needs max_length={needed} or more here, not {length}; "
+                        "raise it, or lower max_input_length or that of prepare.py")
 
 
 def check_vocabulary(meta, c, source):
     """UserError if a model with the settings c, from source, is not one for these bins."""
-    for k in ('vocab_size', 'latent_dim'):
-        if getattr(c, k) != meta[k]:
-            raise UserError(f"{source} does not fit the data: {k} is {getattr(c, k)} there, "
-                            f"{meta[k]} in {meta['dir']}; name the dataset it was trained on")
+    for name in ('vocab_size', 'latent_dim'):
+        if getattr(c, name) != meta[name]:
+            raise UserError(f"{source} does not fit the data: {name} is {getattr(c, name)} there, "
+                            f"{meta[name]} in {meta['dir']}; name the dataset it was trained on")
 
 
 def open_split(meta, split):
@@ -110,9 +104,6 @@ def read_row(ids, index, r):
     """Row r of a split -> ids of its condition (perhaps none), ids of its target."""
     start, target = index[r]
     end = index[r + 1, 0] if r + 1 < len(index) else len(ids)
-    if not 0 <= start <= target <= end <= len(ids):
-        raise UserError(f"row {r} of {ids.filename} has offsets {start}, {target}, {end}; "
-                        "prepare the dataset again")
     return ids[start:target], ids[target:end]
 
 
@@ -125,53 +116,49 @@ def get_rows(meta, split, rows, c):
     data, index = open_split(meta, split)
     padding = meta['eos_id'] if c.pad_token == 'eos' else meta['pad_id']
     ids = np.full((len(rows), c.max_length), padding, dtype=np.int64)
-    lengths, cond_lengths = np.zeros((2, len(rows), 1), dtype=np.int64)
+    valid, cond = np.zeros((2, *ids.shape), dtype=bool)
     for i, r in enumerate(rows):
-        cond, target = read_row(data, index, r)
-        row = np.concatenate((cond[:c.max_input_length], target))[:c.max_length]
+        condition, target = read_row(data, index, r)
+        condition = condition[:c.max_input_length]
+        row = np.concatenate((condition, target))[:c.max_length]
         ids[i, :len(row)] = row
-        lengths[i], cond_lengths[i] = len(row), min(len(cond), c.max_input_length)
+        valid[i, :len(row)] = cond[i, :len(condition)] = True
     if ids.max() >= meta['vocab_size']:
-        raise UserError(f"{meta['dir']}/{split}.bin has token id {ids.max()}, the vocabulary ends "
-                        f"at {meta['vocab_size'] - 1}; prepare it again")
-    position = np.arange(c.max_length)
-    return tuple(map(torch.from_numpy, (ids, position < lengths, position < cond_lengths)))
+        raise UserError(f"{data.filename} has token id {ids.max()}, the vocabulary has "
+                        f"{meta['vocab_size']}; prepare the dataset again")
+    return tuple(map(torch.from_numpy, (ids, valid, cond)))
 
 
-def write_split(folder, split, rows, dtype, vocab_size, eos=None):
+def write_split(meta, split, rows):
     """
-    Stream (condition ids, target ids) to folder/<split>.bin and .idx.npy -> rows, tokens, longest
-    row. UserError for ids outside the vocabulary and, with eos, for ends that are something else.
+    Stream (condition ids, target ids) to <split>.bin and .idx.npy -> rows, tokens, longest row.
+    UserError for ids outside the vocabulary and for ends that are no EOS.
     """
     index, tokens = [np.empty((0, 2), np.int64)], 0     # 16 bytes a row stay in memory
-    with open(os.path.join(folder, f'{split}.bin'), 'wb') as f:
+    with open(os.path.join(meta['dir'], f'{split}.bin'), 'wb') as f:
         for batch in batched(rows, 1000):
             parts = [part for row in batch for part in row]
             lengths = np.array([len(part) for part in parts])
             ids, ends = np.concatenate(parts).astype(np.int64), np.cumsum(lengths)
             last = ends[lengths > 0] - 1
-            bad = (ids < 0) | (ids >= vocab_size)
-            bad[last] |= eos is not None and ids[last] != eos
+            bad = (ids < 0) | (ids >= meta['vocab_size'])
+            bad[last] |= ids[last] != meta['eos_id']
             if bad.any():
-                at = np.argmax(bad)
-                row = sum(map(len, index)) + np.searchsorted(ends[1::2], at, side='right')
-                raise UserError(f"row {row} of {split} has token id {ids[at]}; the vocabulary has "
-                                f"{vocab_size}, and condition and target end in EOS, {eos}: take "
-                                "padding off, add EOS, or name the tokenizer they are from")
-            f.write(ids.astype(dtype).tobytes())
+                raise UserError(f"{split} has token id {ids[bad][0]} out of place: the vocabulary "
+                                f"has {meta['vocab_size']}, and condition and target end in EOS, "
+                                f"{meta['eos_id']}: take padding off, add EOS, or name the "
+                                "tokenizer they are from")
+            f.write(ids.astype(meta['dtype']).tobytes())
             index.append(tokens + (ends - lengths).reshape(-1, 2))
             tokens += len(ids)
     index = np.concatenate(index)
-    np.save(os.path.join(folder, f'{split}.idx.npy'), index)
+    np.save(os.path.join(meta['dir'], f'{split}.idx.npy'), index)
     return len(index), tokens, int(np.diff(index[:, 0], append=tokens).max(initial=0))
 
 
 def sha256(path):
-    digest = hashlib.sha256()
     with open(path, 'rb') as f:
-        while part := f.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
 def batched(items, n):
@@ -223,8 +210,7 @@ def cut_at_eos(ids, eos):
 
 def printable(text):
     """For the terminal: one line, without control characters, which could move the cursor."""
-    return ''.join(ch if ch.isprintable() else ' ' if ch.isspace() else f"\\x{ord(ch):02x}"
-                   for ch in text)
+    return ''.join(ch if ch.isprintable() else ' ' for ch in text)
 
 
 def read_lines(file):
@@ -236,12 +222,9 @@ def read_lines(file):
             for n, line in enumerate(f, 1):
                 encoding = 'utf-8-sig' if n == 1 else 'utf-8'
                 yield line.decode(encoding).replace('\r\n', '\n').replace('\r', '\n')
-    except UnicodeDecodeError as e:
-        raise UserError(f"{file}, line {n}: byte {e.object[e.start]:#04x} is not UTF-8; "
-                        "save the file as UTF-8") from None
     except Exception as e:      # each compression has errors of its own
-        why = getattr(e, 'strerror', None) or one_line(e)
-        raise UserError(f"cannot read {file}: {why}") from None
+        raise UserError(f"cannot read {file}, line {n}: {one_line(e)}; it must be text in UTF-8, "
+                        "perhaps compressed as its name says") from None
 
 
 def read_jsonl(file):
@@ -252,11 +235,11 @@ def read_jsonl(file):
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
-                raise ValueError(f"a {type(row).__name__}")
+                raise ValueError("a list or a value")
             if '\\u' in line:       # half a surrogate pair is valid JSON and no text
                 json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as e:
-            raise UserError(f"{file}, line {n} is no JSON object ({e}): {line[:60]!r}") from None
+            raise UserError(f"{file}, line {n} is no JSON object ({e})") from None
         yield f"{file}, line {n}", row
 
 

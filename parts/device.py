@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from parts.process import UserError, rank_and_world
+from parts.process import UserError, one_line, rank_and_world
 
 IN_BACKGROUND = ('cuda',)      # see to_device
 # dense bfloat16 peak of a GPU in FLOP/s, for the fraction of it that a run reaches
@@ -21,32 +21,33 @@ def pick_device(device, dtype):
     Names or 'auto' -> torch.device, whether to compute in bfloat16, both in words with the reason.
     'auto': the first of cuda, mps, cpu that is there; bfloat16 where it is fast. UserError.
     """
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    available = [kind for kind, is_there in there.items() if is_there]
+    mps = torch.backends.mps.is_available()
+    best = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
     try:
-        found = torch.device(available[0] if device == 'auto' else device)
+        found = torch.device(best if device == 'auto' else device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError):
-        raise UserError(f"device={device!r} is not available here; this machine has "
-                        + ', '.join(available)) from None
+        raise UserError(f"device={device!r} is not available here; --device=auto takes {best}"
+                        ) from None
     name, fast = 'Apple GPU', False
     if found.type == 'cuda':
         name = torch.cuda.get_device_name(found)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif found.type == 'cpu':
-        name = f'CPU, {torch.get_num_threads()} threads'
+        name = f'{torch.get_num_threads()} threads'
         fast = torch.cpu._is_avx512_bf16_supported()
     kinds = dict(auto=fast, float32=False, bfloat16=True)
     if dtype not in kinds:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(kinds)}")
     bf16 = kinds[dtype]
-    why = 'as asked' if dtype != 'auto' else 'fast here' if fast else 'no fast bfloat16 here'
+    about = (f"{found} {name}, {'bfloat16 autocast' if bf16 else 'float32'} "
+             f"(dtype={dtype}, {'fast' if fast else 'no fast'} bfloat16 here)")
     if found.type == 'cuda':
         # TF32, finer than bfloat16, for what autocast leaves in float32
         torch.set_float32_matmul_precision('high' if bf16 else 'highest')
         if not fast:
-            why += '; float32 uses no tensor cores on this GPU, expect a small part of its speed'
-    return found, bf16, f"{found} ({name}), {'bfloat16 autocast' if bf16 else 'float32'} ({why})"
+            about += "; no tensor cores for float32 on this GPU, expect a small part of its speed"
+    return found, bf16, about
 
 
 def peak_flops(about):
@@ -72,8 +73,7 @@ def compile_in_place(*modules, device):
     try:
         torch.compile(lambda x: (x + 1).sin())(torch.ones(8, device=device))
     except Exception as e:
-        reason = str(e).strip().splitlines()[0][:120]
-        print(f"compile: OFF, torch.compile does not work here ({reason}); "
+        print(f"compile: OFF, torch.compile does not work here ({one_line(e)[:200]}); "
               "steps will take about twice as long")
         return False
     # each count of rows, with and without gradient, is a graph of its own; with symbols Inductor
@@ -89,10 +89,8 @@ def pack_linears(model, bf16):
     For sampling on an x86 CPU: products by oneDNN from weights in its own layout, in the types that
     autocast would pick, but faster. Where oneDNN is missing nothing changes.
     """
-    if model.mode_tokens.device.type != 'cpu' or not torch.backends.mkl.is_available() \
-            or not torch.backends.mkldnn.is_available():
-        return
-    if bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    on_x86 = model.mode_tokens.device.type == 'cpu' and torch.backends.mkl.is_available()
+    if not on_x86 or bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
 
     def product(x, weight, bias, dtype):
@@ -127,14 +125,13 @@ def start(device, dtype):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device, bf16, about = pick_device(device, dtype)
     if device.type == 'cuda':
-        torch.cuda.set_device(device)
-    if world > 1 and host_group is None:
+        torch.cuda.set_device(device.index or 0)        # 'cuda' alone has none
+    if world > 1:
         # torchrun keeps its store over restarts on a node: without a prefix of their own, new ranks
         # would find the addresses of dead ones
         store, _, _ = next(dist.rendezvous('env://'))
         if os.environ.get('LOCAL_WORLD_SIZE') == str(world):
-            attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-            store = dist.PrefixStore('attempt ' + attempt, store)
+            store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
         patience = timedelta(hours=2)       # one rank may download a model while the others wait
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store,
                                 rank=rank, world_size=world, timeout=patience)
@@ -169,7 +166,7 @@ def mean_over_ranks(losses):
 # signals: those that ask a run to stop
 
 TIME_IS_UP = 1000   # a reason to stop, beside the numbers of signals
-signals = []        # (number, when) of those that came
+signals = []        # numbers of those that came
 saving = False      # whether a checkpoint is being written
 
 
@@ -183,14 +180,11 @@ def on_signals(handler):
 
 
 def note_signals():
-    """
-    SIGTERM, Ctrl-C and their like ask to save and stop. A Ctrl-C some seconds later interrupts, but
-    never a save.
-    """
+    """SIGTERM, Ctrl-C and their like ask to save and stop; a third Ctrl-C interrupts, no save."""
     def note(number, frame):
-        signals.append((number, time.monotonic()))
-        # torchrun and the terminal, or a scheduler, may both send the first one
-        if number == signal.SIGINT and time.monotonic() - signals[0][1] > 3 and not saving:
+        signals.append(number)
+        # the second may be of the same Ctrl-C: the terminal and torchrun both send it
+        if signals.count(signal.SIGINT) > 2 and not saving:
             raise KeyboardInterrupt
 
     signals.clear()
@@ -200,7 +194,7 @@ def note_signals():
 def should_stop(started, max_minutes):
     """The number of a signal that any rank got, or TIME_IS_UP, or 0; the same on every rank."""
     late = max_minutes and time.monotonic() - started > 60 * max_minutes
-    reason = torch.tensor(signals[0][0] if signals else TIME_IS_UP if late else 0)
+    reason = torch.tensor(signals[0] if signals else TIME_IS_UP if late else 0)
     if host_group:
         dist.all_reduce(reason, dist.ReduceOp.MAX, group=host_group)
     return reason.item()

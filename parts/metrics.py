@@ -4,17 +4,17 @@ causal LM as the paper's. Nothing of ELF in it. ids: the tokens of a text, a lis
 """
 import math
 import os
-import statistics
 import sys
 from collections import Counter
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from statistics import median
 from types import SimpleNamespace
 
-import numpy as np
 import regex
 import torch
 import torch.nn.functional as F
+from pandas import DataFrame
 from tqdm import tqdm
 
 from parts.process import from_hub
@@ -76,7 +76,7 @@ def bleu(hyps, refs):
     tokens are characters where most letters of the targets are of a script without spaces.
     """
     import sacrebleu
-    assert len(hyps) == len(refs), f"{len(hyps)} texts, {len(refs)} references"
+    assert len(hyps) == len(refs), "one reference for each text"
     tokens = 'char' if share(UNSPACED, refs) > 0.5 else '13a'
     return sacrebleu.corpus_bleu(hyps, [refs], lowercase=True, use_effective_order=True,
                                  tokenize=tokens).score
@@ -112,7 +112,7 @@ def errors(hyps, refs):
     wrong = [(hyp, ref) for hyp, ref in pairs if hyp != ref]
     places = [1 + len(os.path.commonprefix(pair)) for pair in wrong]
     return dict(length=mean([len(hyp) != len(ref) for hyp, ref in wrong]),
-                first_wrong=statistics.median(places) if places else math.nan)
+                first_wrong=median(places) if places else math.nan)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def ngram_p(item, context, ngram):
         h = context[start:]
         if h not in followers:
             break               # longer ones were not seen either
-        p = (grams.get(h + item, 0) + kinds[h] * p) / (followers[h] + kinds[h])
+        p = (grams[h + item] + kinds[h] * p) / (followers[h] + kinds[h])
     return p
 
 
@@ -214,7 +214,7 @@ def float32_products():
 
 @torch.no_grad()
 @float32_products()
-def gen_ppl(texts, judge, batch_size=8, device='cpu'):
+def gen_ppl(texts, judge, device='cpu'):
     """
     Generative perplexity, the official JAX protocol [utils/metrics_utils.py] -> dict. Blank texts
     are left out. The judge's (GPT-2's) ids, cut to 1024, filled with EOS to the longest of
@@ -229,15 +229,15 @@ def gen_ppl(texts, judge, batch_size=8, device='cpu'):
     rows = judge_ids(texts, encode, limit)
     width = max(map(len, rows), default=0)
     nll, tokens = 0.0, 0
-    for first in tqdm(range(0, len(rows), batch_size), desc='judge', disable=None, leave=False):
-        part = rows[first:first + batch_size]
-        ids = torch.tensor([row + [eos] * (width - len(row)) for row in part], device=device)
-        # what is scored never looks at the fill; row by row, as float32 logits take gigabytes
-        for row, logits in zip(ids, model(ids).logits):                         # (T,), (T, V)
-            of_each = F.cross_entropy(logits[:-1], row[1:], reduction='none').cpu().double()
-            is_eos = (row == eos).cpu()
-            scored = (~is_eos | (is_eos.cumsum(0) == 1))[1:]                    # (T-1,)
-            nll, tokens = nll + of_each[scored].sum().item(), tokens + scored.sum().item()
+    # a text at a time: its float32 logits take 0.2 GB; of the fill no token but the first counts
+    for row in tqdm(rows, desc='judge', disable=None, leave=False):
+        ids = torch.tensor(row + [eos] * (len(row) < width), device=device)         # (T,)
+        logits = model(ids[None]).logits[0]                                         # (T, V)
+        of_each = F.cross_entropy(logits[:-1], ids[1:], reduction='none').cpu().double()
+        is_eos = (ids == eos).cpu()
+        scored = (~is_eos | (is_eos.cumsum(0) == 1))[1:]                            # (T-1,)
+        nll += of_each[scored].sum().item()
+        tokens += scored.sum().item()
     ppl = math.exp(nll / tokens) if tokens else math.nan
     return dict(gen_ppl=ppl, tokens=tokens) | count_ids(rows)
 
@@ -248,6 +248,27 @@ def find_targets(rows):
     """The 'target' (or 'output') of all rows -> list of texts; [] if there is one without."""
     targets = [row.get('target', row.get('output')) for row in rows]
     return targets if all(isinstance(target, str) for target in targets) else []
+
+
+def make_judges(judge, gpt2, train, device):
+    """
+    eval.py's settings judge and gpt2 -> functions of texts and their ids that give metrics, dicts.
+    train: for judge 'ngram', rows of training text.
+    """
+    judges = []
+    if judge == 'ngram':
+        of_chars = train_ngram([row['generated'] for row in train], 5)
+        of_tokens = train_ngram([tuple(row['ids']) for row in train], 3)
+        judges.append(lambda texts, ids: dict(
+            nats_per_char=ngram_nats(texts, of_chars),
+            nats_per_token=ngram_nats(map(tuple, ids), of_tokens)))
+    elif judge != 'none':
+        load_judge(judge, str(device))      # if it is missing, that shows now
+        judges.append(lambda texts, ids: gen_ppl(texts, judge, device=device))
+    if gpt2:
+        encode = load_gpt2(gpt2)
+        judges.append(lambda texts, ids: count_ids(judge_ids(texts, encode)))
+    return judges
 
 
 def measure(rows, limit, judges):
@@ -270,20 +291,10 @@ def measure(rows, limit, judges):
     return out | dict(entropy_own=mean([*map(entropy, full)]), distinct_4=distinct(ids, limit))
 
 
-COLUMNS = dict(
-    nats_per_char='nats/char', nats_per_token='/token', gen_ppl='ppl', entropy='entropy',
-    distinct_4_judge='dist-4', entropy_own='own ent', distinct_4='own d-4', repetition='repeat',
-    bleu='BLEU', rouge1='R-1', rouge2='R-2', rougeL='R-L', exact='exact', exact_stderr='+-',
-    length='length', first_wrong='at', empty='empty', seconds='seconds')
-LEGEND = dict(
-    nats_per_char="nats: of each by a 5-gram of characters, a 3-gram of tokens",
-    entropy="entropy, dist-4: of the judge's tokens (GPT-2's); nats, share of different 4-grams",
-    entropy_own="own: the same of the tokens of the model or the dataset, else words",
-    repetition="repeat: share of the 5-grams that their text holds three times or more",
-    bleu="BLEU, R: of scripts other than a to z by words, or by characters where no spaces are",
-    rouge2="R-2: of pairs of words, 0 for texts of one word",
-    exact="exact, +-: share of texts equal to their target, its standard error",
-    length="length, at: of the others, share of another number of words; median first wrong word")
+COLUMNS = [
+    'nats_per_char', 'nats_per_token', 'gen_ppl', 'entropy', 'distinct_4_judge', 'entropy_own',
+    'distinct_4', 'repetition', 'bleu', 'rouge1', 'rouge2', 'rougeL', 'exact', 'exact_stderr',
+    'length', 'first_wrong', 'empty']
 
 
 def print_table(results):
@@ -293,23 +304,19 @@ def print_table(results):
     """
     lines = {}
     for name, row in results.items():
-        lines |= {name: row, name + ' +-': row.get('stderr', {})}
-    keys = [key for key in COLUMNS if any(key in row for row in lines.values())]
-    width = max(map(len, lines))
-    print('\n' + ' ' * width, *(COLUMNS[key].rjust(9) for key in keys))
-    for name, row in lines.items():
-        numbers = [row.get(key, '') for key in keys]
-        shown = [f'{x:#.4g}' if isinstance(x, float) else str(x) for x in numbers]
-        if row:
-            print(name.ljust(width), *(x.rjust(9) for x in shown))
-    print(*(text for key, text in LEGEND.items() if key in keys), sep='\n')
+        lines[name] = row
+        if 'stderr' in row:
+            lines[name + ' +-'] = row['stderr']
+    # object: whole numbers stay whole
+    table = DataFrame.from_dict(lines, orient='index', columns=COLUMNS, dtype=object)
+    table = table.dropna(axis='columns', how='all')
+    print('\n' + table.to_string(float_format='{:#.4g}'.format, na_rep=''), end='\n\n')
 
 
 def over_runs(results):
     """Metrics of each run -> their means, and with several runs the standard errors of these."""
     if len(results) == 1:
         return results[0]
-    columns = {key: [row[key] for row in results] for key in results[0]}
-    stderr = {key: float(np.std(x, ddof=1)) / math.sqrt(len(x)) for key, x in columns.items()}
-    means = {key: mean(x) for key, x in columns.items()}
-    return means | dict(stderr=stderr, by_seed=results)
+    table = DataFrame(results)
+    means, stderr = table.mean(skipna=False), table.sem(skipna=False)
+    return means.to_dict() | dict(stderr=stderr.to_dict(), by_seed=results)

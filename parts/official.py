@@ -9,7 +9,7 @@ import re
 
 import torch
 
-from parts.process import UserError, one_line
+from parts.process import from_hub
 
 # -------------------------------------------------------------------------------------------------
 # weights
@@ -23,9 +23,10 @@ def to_official_names(state):
     """Weights under our names -> copies under the official names and in their layouts."""
     official = {}
     for name, x in state.items():
-        is_kernel = name in OFFICIAL_WEIGHTS and x.ndim == 2
-        x = x.detach().clone()
-        official[OFFICIAL_WEIGHTS.get(name, name)] = (x.T if is_kernel else x).contiguous()
+        if name in OFFICIAL_WEIGHTS and x.ndim == 2:
+            x = x.T
+        copy = x.detach().clone(memory_format=torch.contiguous_format)
+        official[OFFICIAL_WEIGHTS.get(name, name)] = copy
     return official
 
 
@@ -40,33 +41,20 @@ def from_official_names(state):
     return renamed
 
 
-def read_sizes(state, path):
-    """The sizes of the ELF that these weights are of, under our names -> dict. UserError."""
-    try:
-        D, head = state['t_emb_tokens'].shape[-1], state['blocks.0.attn.q_norm.weight'].numel()
-        layers = {int(name.split('.')[1]) for name in state if name.startswith('blocks.')}
-        return dict(
-            n_layer=max(layers) + 1,
-            n_embd=D,
-            n_head=D // head if D % head == 0 else 1,       # 1: check_fit will name q_norm
-            vocab_size=len(state['unembed.bias']),
-            latent_dim=len(state['self_cond_proj.bias']),
-            bottleneck=len(state['text_proj.proj1.weight']),
-            n_time=state['t_emb_tokens'].shape[1],
-            n_scale=state['self_cond_cfg_tokens'].shape[1],
-            n_mode=state['mode_tokens'].shape[1])
-    except (LookupError, ValueError, TypeError, ZeroDivisionError) as e:
-        raise UserError(f"{path} holds no ELF weights: {one_line(e)} while reading the sizes off "
-                        f"them; it has {', '.join(list(state)[:5])}, ...") from None
-
-
-def check_fit(want, state, path):
-    """Compare weights with a model's state dict: UserError with all that is missing or wrong."""
-    expected, found = ({name: tuple(x.shape) for name, x in of.items()} for of in (want, state))
-    wrong = [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
-             for name in sorted(expected | found) if found.get(name) != expected.get(name)]
-    if wrong:
-        raise UserError(f"{path} does not fit an ELF of its sizes: {'; '.join(wrong)}")
+def read_sizes(state):
+    """The sizes of the ELF that these weights, under our names, are of. Raises if of none."""
+    D, head = state['t_emb_tokens'].shape[-1], state['blocks.0.attn.q_norm.weight'].numel()
+    layers = {int(name.split('.')[1]) for name in state if name.startswith('blocks.')}
+    return dict(
+        n_layer=max(layers) + 1,
+        n_embd=D,
+        n_head=D // head if D % head == 0 else 1,       # 1: q_norm will not fit
+        vocab_size=len(state['unembed.bias']),
+        latent_dim=len(state['self_cond_proj.bias']),
+        bottleneck=len(state['text_proj.proj1.weight']),
+        n_time=state['t_emb_tokens'].shape[1],
+        n_scale=state['self_cond_cfg_tokens'].shape[1],
+        n_mode=state['mode_tokens'].shape[1])
 
 # -------------------------------------------------------------------------------------------------
 # config.yml, which holds only what its run overrode [configs/config.py]
@@ -83,9 +71,6 @@ OFFICIAL_SETTINGS = dict(
     max_length=('max_length', 128), max_input_length=('max_input_length', 0),
     pad_token=('pad_token', 'pad'), label_drop_prob=('drop_cond_prob', 0.0),
     gelu=('gelu', 'tanh'))      # not theirs: convert.py writes it for the Lightning reproduction
-
-# layers, width, heads
-PUBLISHED_SIZES = {(12, 768, 12): 'ELF-B', (24, 1056, 16): 'ELF-M', (32, 1280, 16): 'ELF-L'}
 
 
 def sde(gamma, w):
@@ -111,7 +96,7 @@ def read_config_yml(path, sizes):
         print(f"no config.yml beside {path}: taking the published OpenWebText settings")
         return sampler_settings(unconditional)
     import yaml
-    try:
+    with from_hub('not readable as the official settings', file):
         with open(file, encoding='utf-8') as f:
             official = yaml.safe_load(f) or {}
         official = {k: v for k, v in official.items() if v is not None}
@@ -119,8 +104,6 @@ def read_config_yml(path, sizes):
         settings = {name: type(default)(str(official.get(key, default)))
                     for key, (name, default) in OFFICIAL_SETTINGS.items()}
         settings |= sampler_settings(read_samplers(official, unconditional))
-    except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as e:
-        raise UserError(f"{file} is not readable as the official settings: {one_line(e)}") from None
     settings['tokenizer'] = settings['tokenizer'] or settings['encoder']
     return settings
 

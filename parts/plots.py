@@ -1,7 +1,8 @@
 """The two pictures, the losses of a run and samplers side by side, and what is read for them."""
 import json
 import os
-from collections import defaultdict
+
+from pandas import DataFrame
 
 # of a sweep: the first two that there are, y and x. Quality over diversity: a judge is pleased by
 # texts that repeat themselves, and there such texts lie to the left
@@ -30,17 +31,23 @@ def plot_losses(out_dir):
     checkpoint: the last line of an iteration counts.
     """
     from matplotlib.figure import Figure
-    rows = [row for row in read_rows(os.path.join(out_dir, 'metrics.jsonl')) if 'iter' in row]
+    rows = DataFrame(read_rows(os.path.join(out_dir, 'metrics.jsonl')),
+                     columns=['iter', 'l2', 'val_l2', 'ce', 'val_ce'], dtype=float)
+    curves = rows.groupby('iter').last()        # of each column the last that is a number
     titles = dict(l2='denoise: l2 of the velocity', ce='decode: cross-entropy, nats per token')
     fig = Figure(figsize=(10, 4), layout='constrained')
     for axis, (part, title) in zip(fig.subplots(1, 2), titles.items()):
-        for name, line, label in ((part, '-', 'train'), ('val_' + part, 'o-', 'validation')):
-            if points := {row['iter']: row[name] for row in rows if row.get(name)}:
-                axis.plot(*zip(*sorted(points.items())), line, markersize=3, label=label)
-                axis.legend()
+        axis.plot(curves[part].dropna(), label='train')
+        axis.plot(curves['val_' + part].dropna(), 'o-', markersize=3, label='validation')
         axis.set(title=title, xlabel='iteration', yscale='log')
         axis.grid(alpha=0.3)
-    save_figure(fig, os.path.join(out_dir, 'loss.png'))
+        axis.legend()
+    fig.savefig(os.path.join(out_dir, 'loss.png'), dpi=120)
+
+
+def label(row, names):
+    """What tells a row from others, the settings with these names, or 'samples' if nothing does."""
+    return ' '.join(f'{name}={row[name]}' for name in names) or 'samples'
 
 
 def plot_sweep(file, rows, real, names):
@@ -52,24 +59,18 @@ def plot_sweep(file, rows, real, names):
     from matplotlib.figure import Figure
     y, x = [key for key in AXES if key in rows[0]][:2]
     *others, last = names or ['steps']
-    lines = defaultdict(list)
-    for row in rows:
-        if None not in (row[x], row[y]):
-            lines[' '.join(f'{k}={row[k]}' for k in others)].append(row)
+    points = DataFrame(rows)
+    points['line'] = [label(row, others) for row in rows]
+    points = points.dropna(subset=[x, y])
     fig = Figure(figsize=(8, 5), layout='constrained')
     axis = fig.subplots()
-    for name, line in lines.items():
-        axis.plot([row[x] for row in line], [row[y] for row in line], 'o-', label=name or 'samples')
-        for row in line:
-            axis.annotate(row[last], (row[x], row[y]), (4, 4), textcoords='offset points')
+    for name, line in points.groupby('line', sort=False):
+        axis.plot(line[x], line[y], 'o-', label=name)
+    for text, *at in zip(points[last], points[x], points[y]):
+        axis.annotate(text, at, (4, 4), textcoords='offset points')
     if real:
         axis.plot(real[x], real[y], '*', markersize=16, color='gold', label='real text')
     axis.set(xlabel=AXES[x], ylabel=AXES[y], title=f"beside the points: {last}")
     axis.grid(alpha=0.3)
     fig.legend(loc='outside right upper')
-    save_figure(fig, file)
-
-
-def save_figure(fig, file):
-    fig.savefig(file + '.tmp', dpi=120, format='png')
-    os.replace(file + '.tmp', file)
+    fig.savefig(file, dpi=120)

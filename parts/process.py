@@ -1,12 +1,11 @@
 """
 A script as a process: its rank, its errors in one line, its streams, what it asks of the hub.
 """
-import errno
 import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # Scripts import this before torch, which reads it when it is loaded: how long a thread of
 # OpenMP spins for the others before it sleeps. A matter of microseconds, or two programs on one
@@ -19,10 +18,9 @@ os.environ.pop('MPLBACKEND', None)
 def rank_and_world():
     """The number of this process and how many there are: of a torchrun, else 0 and 1."""
     # a lone RANK, left by a scheduler or an old export, is no launch
-    needed = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
-    if not all(name in os.environ for name in needed):
-        return 0, 1
-    return int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+    if {'RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'} <= os.environ.keys():
+        return int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+    return 0, 1
 
 # -------------------------------------------------------------------------------------------------
 # errors and output
@@ -40,18 +38,13 @@ def one_line(e):
 
 
 def one_line_errors(kind, error, traceback):
-    """The sys.excepthook of all scripts."""
-    text = str(error)
-    if issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        text = (f"no room to write {error.filename or 'a file'}: {error.strerror}; "
-                "the checkpoints there are intact")
-    elif issubclass(kind, RuntimeError) and ('out of memory' in text
-                                             or "can't allocate memory" in text):
-        text = (f"out of memory: {one_line(text)[:120]}; lower batch_size or the sizes, "
-                "or set --gradient_checkpointing=true")
-    elif issubclass(kind, KeyboardInterrupt):
+    """The sys.excepthook of all scripts: a traceback is for mistakes of the program alone."""
+    text = one_line(str(error))
+    if kind is KeyboardInterrupt:
         return print("\ninterrupted", file=sys.stderr)
-    elif not issubclass(kind, UserError):
+    if 'out of memory' in text or "can't allocate memory" in text:
+        text = text[:200] + "; lower batch_size or sizes, or set --gradient_checkpointing=true"
+    elif not issubclass(kind, (UserError, OSError)):        # of the system: a full disk, no right
         return sys.__excepthook__(kind, error, traceback)
     if rank_and_world()[0]:
         # all ranks find the same mistake: torchrun ends this one when the first has said it
@@ -66,19 +59,13 @@ class Unwatched:
         self.stream = stream
 
     def write(self, text):
-        self.attempt(self.stream.write, text)
+        with suppress(OSError, ValueError):     # nobody reads, no room; closed by the program
+            self.stream.write(text)
         return len(text)
 
     def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, f, *args):
-        try:
-            f(*args)
-        except BrokenPipeError:     # for good: what is still in its buffer goes nowhere, too
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        except (OSError, ValueError):       # no room, a lost terminal; closed by the program
-            pass
+        with suppress(OSError, ValueError):
+            self.stream.flush()
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -90,8 +77,7 @@ def open_streams():
         stream = getattr(sys, name) or open(os.devnull, 'w')        # None without a console
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='replace')    # texts have characters that some terminals lack
-        if not isinstance(stream, Unwatched):
-            setattr(sys, name, Unwatched(stream))
+        setattr(sys, name, Unwatched(stream))
 
 
 @contextmanager
@@ -103,8 +89,8 @@ def from_hub(what, source):
         raise
     except Exception as e:      # the clients have a dozen kinds, and wrap each other's
         cause = e
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__
+        while deeper := cause.__cause__ or cause.__context__:
+            cause = deeper
         why = "is a path here that is not usable" if os.path.exists(source) else (
             "is no file or folder here, and the hub did not give it: check the spelling and the "
             "network (is HF_HUB_OFFLINE set?); if it is private, or gated and you accepted its "

@@ -67,7 +67,7 @@ def bins(tmp_path_factory):
     rng = np.random.default_rng(0)
     for split, n in (('train', 96), ('val', 24)):
         rows = [([], [*rng.integers(4, 8, 12), 1]) for _ in range(n)]
-        n, tokens, _ = write_split(folder, split, rows, np.uint16, 30)
+        n, tokens, _ = write_split(meta | dict(dir=folder), split, rows)
         meta['rows'][split], meta['tokens'][split] = n, tokens
     meta['checksums'] = {name: sha256(folder / name) for name in FILES}
     (folder / 'meta.json').write_text(json.dumps(meta))

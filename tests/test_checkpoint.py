@@ -78,7 +78,8 @@ def test_two_are_kept_and_some_for_good(tmp_path):
 
 
 @pytest.mark.parametrize('how', ['cut', 'bit', 'gone'])
-def test_a_damaged_one_never_replaces_the_good_one_before_it(tmp_path, how, capsys):
+def test_a_damaged_one_is_skipped(tmp_path, how, capsys):
+    """And stays where it is, as any rank may ask; for what then becomes of it see test_train.py."""
     for i in (1, 2):
         save_checkpoint(str(tmp_path), state_of_a_run(i))
     newest, data = tmp_path / 'ckpt.pt', bytearray((tmp_path / 'ckpt.pt').read_bytes())
@@ -88,12 +89,7 @@ def test_a_damaged_one_never_replaces_the_good_one_before_it(tmp_path, how, caps
         newest.unlink()
     path, ckpt = newest_checkpoint(str(tmp_path))
     assert path == str(tmp_path / 'ckpt_prev.pt') and ckpt['iter_num'] == 1
-    assert ('SKIPPED, the next save makes it damaged' in capsys.readouterr().out) == (how != 'gone')
-    assert how == 'gone' or newest.exists()     # any rank may ask; only who saves renames
-    save_checkpoint(str(tmp_path), state_of_a_run(3))
-    assert load_checkpoint(str(tmp_path / 'ckpt_prev.pt'))['iter_num'] == 1
-    assert load_checkpoint(str(newest))['iter_num'] == 3
-    assert (tmp_path / 'damaged_ckpt.pt').exists() == (how != 'gone')
+    assert ('SKIPPED' in capsys.readouterr().out) == newest.exists() == (how != 'gone')
 
 
 def test_a_save_reads_nothing(tmp_path, monkeypatch):
@@ -161,7 +157,7 @@ def test_nothing_to_go_on_from(tmp_path, capsys):
     with pytest.raises(UserError, match='nothing to resume'):
         newest_checkpoint(str(tmp_path))
     save(tmp_path / 'ckpt.pt', dict(ema={}))
-    with pytest.raises(UserError, match='weights only'):
+    with pytest.raises(UserError, match='nothing to resume'):
         newest_checkpoint(str(tmp_path))
 
 
@@ -235,14 +231,14 @@ def test_unreadable_checkpoints(tmp_path):
     payload = pickle.dumps(Payload(tmp_path / 'owned'), protocol=2)
     for content in (whole.getvalue()[:-2000], whole.getvalue()[:50], b'', b'text', payload):
         bad.write_bytes(content)
-        with pytest.raises(UserError, match='not a readable checkpoint'):
+        with pytest.raises(UserError, match='no readable checkpoint'):
             ELF.from_pretrained(str(bad))
     save(bad, {'ema_params1': Payload(tmp_path / 'owned')})
-    with pytest.raises(UserError, match='readable checkpoint .*: it would run (io|_io).open$'):
+    with pytest.raises(UserError, match='no readable checkpoint .*GLOBAL (io|_io).open was not'):
         ELF.from_pretrained(str(tmp_path))
     assert not (tmp_path / 'owned').exists()
     save(bad, [1, 2])
-    with pytest.raises(UserError, match='a list, not a dict'):
+    with pytest.raises(UserError, match='no readable checkpoint'):
         ELF.from_pretrained(str(bad))
 
 # --------------------------------------------------------------------------------------------------
@@ -277,16 +273,15 @@ def test_a_file_that_is_named_is_taken(tmp_path):
 
 @pytest.mark.parametrize('nowhere', ['./none', 'none', '~/none/x', '/none/none', 'a//b', ''])
 def test_no_file_and_no_hub_id(nowhere):
-    with pytest.raises(UserError, match='nothing to load'):
+    with pytest.raises(UserError, match='no checkpoint: .* is no file or folder here'):
         ELF.from_pretrained(nowhere)
 
 
-@pytest.mark.parametrize('kind, says', [
-    ('lightning', 'last.ckpt is a Lightning checkpoint'), ('jax_ckpt', 'is a JAX checkpoint'),
-    ('jax_ckpt/checkpoint_3', 'is a JAX checkpoint'), ('jax_ckpt_msgpack', 'is a JAX checkpoint')])
-def test_foreign_ones_name_convert(kind, says):
+@pytest.mark.parametrize('kind', ['lightning', 'jax_ckpt', 'jax_ckpt/checkpoint_3',
+                                  'jax_ckpt_msgpack'])
+def test_foreign_ones_name_convert(kind):
     source = os.path.join(GOLDEN, kind)
-    with pytest.raises(UserError, match=says) as e:
+    with pytest.raises(UserError, match='is a JAX or Lightning checkpoint') as e:
         ELF.from_pretrained(source)
     assert f'python convert.py {source} FOLDER' in str(e.value)
 
@@ -344,7 +339,7 @@ def test_settings_of_a_later_version_are_refused(tmp_path):
     ckpt = dict(model=net.state_dict(), ema=net.state_dict(),
                 model_args=asdict(net.config) | dict(n_new=3))
     save(tmp_path / 'ckpt.pt', ckpt)
-    with pytest.raises(UserError, match='does not know: n_new'):
+    with pytest.raises(UserError, match="unexpected keyword argument 'n_new'"):
         ELF.from_pretrained(str(tmp_path))
 
 
@@ -361,15 +356,15 @@ def wrong_shape(state):
 
 
 @pytest.mark.parametrize('change, says', [
-    (lambda s: s.pop('blocks.1.attn.proj.weight'), 'blocks.1.attn.proj.weight is missing'),
-    (lambda s: s.pop('t_emb_tokens'), 'holds no ELF weights.*t_emb_tokens'),
-    (lambda s: s.update(extra=torch.ones(1)), r'extra is \(1,\), expected none'),
-    (lambda s: s.update({7: torch.ones(1)}), '7 is'),
+    (lambda s: s.pop('blocks.1.attn.proj.weight'), 'Missing key.*blocks.1.attn.proj.weight'),
+    (lambda s: s.pop('t_emb_tokens'), 'no weights of an ELF: .*t_emb_tokens'),
+    (lambda s: s.update(extra=torch.ones(1)), 'Unexpected key.*extra'),
+    (lambda s: s.update({7: torch.ones(1)}), 'Unexpected key.*"7"'),
     (lambda s: s.update(mode_tokens=3), 'mode_tokens'),
-    (lambda s: s.update(proj_bias=3), 'proj.bias is missing'),
-    (lambda s: s.update(unembed_bias=torch.tensor(1.0)), 'holds no ELF weights'),
-    (lambda s: s.clear(), 'holds no ELF weights'),
-    (wrong_shape, r'text_proj.proj2.weight is \(5, 3\), expected \(32, 4\)'),
+    (lambda s: s.update(proj_bias=3), 'Missing key.*proj.bias'),
+    (lambda s: s.update(unembed_bias=torch.tensor(1.0)), 'no weights of an ELF'),
+    (lambda s: s.clear(), 'no weights of an ELF'),
+    (wrong_shape, r'text_proj.proj2.weight: .*\[5, 3\].*\[32, 4\]'),
     (wide_heads, 'q_norm'), (odd_heads, 'q_norm')])
 def test_weights_that_do_not_fit(tmp_path, change, says):
     state = small().to_official()
@@ -451,7 +446,7 @@ def test_a_copy_that_fails(bins, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
-        with pytest.raises(UserError, match='cannot copy the tokenizer .*File too large') as e:
+        with pytest.raises(UserError, match='could not write .*/tokenizer: .*File too large') as e:
             carry(small(tokenizer=str(bins / 'tiny' / 'tokenizer')).config, str(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -463,8 +458,8 @@ def test_a_file_without_its_folders(bins, tmp_path, monkeypatch):
     (tmp_path / 'other').mkdir()
     shutil.copy(tmp_path / 'run' / 'ckpt.pt', tmp_path / 'other')
     monkeypatch.chdir(tmp_path / 'run')                 # another model's, which must not be taken
-    with pytest.raises(UserError, match='other/ckpt.pt needs its tokenizer; copy it from .* to '
-                                        f'{tmp_path}/other/tokenizer'):
+    with pytest.raises(UserError, match='other/ckpt.pt needs its tokenizer; copy the one .* '
+                                        f'to {tmp_path}/other/tokenizer'):
         ELF.from_pretrained(str(tmp_path / 'other'))
 
 
@@ -477,10 +472,10 @@ def test_a_run_of_older_versions(bins, tmp_path):
     meta = json.loads((data / 'tiny' / 'meta.json').read_text())
     meta['checksums']['train.bin'] = 'f' * 64
     (data / 'tiny' / 'meta.json').write_text(json.dumps(meta))
-    with pytest.raises(UserError, match=f'but {data}/tiny was prepared again since; copy'):
+    with pytest.raises(UserError, match='needs its tokenizer; copy the one that it was'):
         ELF.from_pretrained(str(run))
     shutil.move(data, tmp_path / 'elsewhere')
-    with pytest.raises(UserError, match='needs its tokenizer; copy'):
+    with pytest.raises(UserError, match='data/tiny/meta.json not found'):
         ELF.from_pretrained(str(run))
     for part in ('tokenizer', 'encoder'):
         shutil.copytree(bins / 'tiny' / part, run / part)
@@ -586,7 +581,8 @@ def test_published_models_without_config_yml(tmp_path):
     'sampling_configs: [{num_sampling_steps: 5}]', 'sampling_configs_path: 3',
     'sampling_configs: [{sde_gamma: x}]', 'a: \x00'])
 def test_bad_config_yml(tmp_path, text):
-    with pytest.raises(UserError, match=r'config\.yml is not readable') as e:
+    says = r'not readable as the official settings: .*config\.yml'
+    with pytest.raises(UserError, match=says) as e:
         settings(tmp_path, text)
     assert '\n' not in str(e.value)
 

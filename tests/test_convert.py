@@ -305,8 +305,8 @@ def test_what_is_refused(pair, tmp_path, monkeypatch):
     data = (tmp_path / 'checkpoint_1').read_bytes()
     torch.save({'state_dict': {'net.' + k: x for k, x in pair[0].items()}, 1: Evil()}, 'evil.ckpt')
     torch.save({'state_dict': {'net.weight': torch.ones(2)}}, 'other.ckpt')
-    cases = {'evil.ckpt': r'os\.mkdir|posix\.mkdir|nt\.mkdir', 'other.ckpt': 'holds no ELF weights',
-             'nothing': 'nothing'}
+    cases = {'evil.ckpt': r'os\.mkdir|posix\.mkdir|nt\.mkdir', 'nothing': 'nothing',
+             'other.ckpt': 'no readable checkpoint of an ELF'}
     noise = bytes(range(256))
     for name, content in (('empty', b''), ('cut', data[:len(data) // 2]), ('noise', noise)):
         (tmp_path / name).write_bytes(content)
@@ -314,13 +314,14 @@ def test_what_is_refused(pair, tmp_path, monkeypatch):
     short = dict(pair[1])
     short.pop('blocks.1.norm2.weight')
     for name, ema, says in (
-            ('short', short, r'blocks\.1\.norm2\.weight is missing'),
-            ('extra', pair[1] | {'blocks.0.more': torch.ones(2)}, r'blocks\.0\.more is'),
-            ('shape', pair[1] | {'proj_bias': torch.ones(9)}, 'proj.bias is')):
+            ('short', short, r'Missing key.*blocks\.1\.norm2\.weight'),
+            ('extra', pair[1] | {'blocks.0.more': torch.ones(2)},
+             r'Unexpected key.*blocks\.0\.more'),
+            ('shape', pair[1] | {'proj_bias': torch.ones(9)}, 'size mismatch for proj.bias')):
         pack(tmp_path / name, params=flax(pair[0]), ema_params1=flax(ema))
         torch.save(dict(params=pair[0], ema_params1=ema), name + '.pt')
         torch.save(dict(params=ema, ema_params1=pair[0]), name + '_params.pt')
-        cases |= {name: says, name + '.pt': f'^{name}.pt .*{says}', name + '_params.pt': says}
+        cases |= {name: says, name + '.pt': f'{name}.pt.* is .*{says}', name + '_params.pt': says}
     (tmp_path / 'broken').mkdir()
     (tmp_path / 'broken' / '_METADATA').write_text('{"tree_')
     cases['broken'] = 'no readable checkpoint'
@@ -336,7 +337,7 @@ def test_what_is_refused(pair, tmp_path, monkeypatch):
 def test_a_wrong_config_yml_is_named_where_it_lies(pair, tmp_path):
     torch.save(dict(params=pair[0]), tmp_path / 'checkpoint_1')
     (tmp_path / 'config.yml').write_text('t_eps: small')
-    with pytest.raises(UserError, match=f"^{tmp_path}/config.yml is not readable"):
+    with pytest.raises(UserError, match=f"official settings: '{tmp_path}/config.yml' is"):
         convert.main(str(tmp_path), str(tmp_path / 'dst'))
     assert not (tmp_path / 'dst').exists()
 
@@ -344,7 +345,7 @@ def test_a_wrong_config_yml_is_named_where_it_lies(pair, tmp_path):
 def test_settings_of_a_later_version_are_refused(tmp_path):
     model = ELF(ELFConfig(**SIZES))
     torch.save(dict(ema=model.state_dict(), model_args=dict(n_new=1)), tmp_path / 'ckpt.pt')
-    with pytest.raises(UserError, match='does not know: n_new'):
+    with pytest.raises(UserError, match="unexpected keyword argument 'n_new'"):
         convert.main(str(tmp_path), str(tmp_path / 'dst'))
 
 

@@ -7,7 +7,6 @@ import gzip
 import json
 import lzma
 import os
-import random
 import re
 import shutil
 from types import SimpleNamespace
@@ -18,17 +17,15 @@ import torch
 
 from configurator import UserError
 from parts.data import (FILES, cut_at_eos, get_rows, load_tokenizer, open_bins, open_split,
-                        printable, read_inputs, read_jsonl, read_row, row_seed, rows_at, sha256,
+                        printable, read_inputs, read_jsonl, read_row, row_seed, rows_at,
                         write_jsonl, write_split)
 from model import ELFConfig, encode_rows
 
 
 @pytest.fixture
 def tiny_set(bins, tmp_path):
-    """A copy of the set 'tiny' in tmp_path, with checksums -> its folder."""
-    folder = shutil.copytree(bins / 'tiny', tmp_path / 'tiny')
-    change_meta(folder, checksums={name: sha256(folder / name) for name in FILES})
-    return folder
+    """A copy of the set 'tiny' in tmp_path -> its folder."""
+    return shutil.copytree(bins / 'tiny', tmp_path / 'tiny')
 
 
 def change_meta(folder, **changes):
@@ -36,10 +33,10 @@ def change_meta(folder, **changes):
     (folder / 'meta.json').write_text(json.dumps(meta | changes))
 
 
-def refused(folder, says=None, verify=False):
+def refused(folder, says=None):
     """open_bins refuses the set, in one line that says this."""
     with pytest.raises(UserError, match=says) as e:
-        open_bins(str(folder.parent), folder.name, verify)
+        open_bins(str(folder.parent), folder.name)
     assert '\n' not in str(e.value) and 'prepare' in str(e.value)
 
 
@@ -47,8 +44,7 @@ def refused(folder, says=None, verify=False):
 # bins
 
 def test_open_bins(tiny_set):
-    for verify in (False, True):
-        meta = open_bins(str(tiny_set.parent), 'tiny', verify)
+    meta = open_bins(str(tiny_set.parent), 'tiny')
     assert meta['dir'] == str(tiny_set) and meta['rows'] == dict(train=96, val=24)
     assert meta['tokenizer'] == str(tiny_set / 'tokenizer')     # beside the bins
     change_meta(tiny_set, encoder='t5-small')
@@ -64,8 +60,10 @@ def test_a_swap_that_was_cut_short_is_finished(tiny_set):
 
 
 @pytest.mark.parametrize('changes, says', [
-    (dict(dtype='int8'), 'damaged'), (dict(dtype='uint32'), 'train has 624 tokens'),
-    (dict(rows=3), 'damaged'), (dict(rows=dict(train=95, val=24)), 'in 96 rows, not what meta')])
+    (dict(dtype='int8'), 'damaged'), (dict(dtype='uint32'), 'train is not of the sizes'),
+    (dict(rows=3), 'damaged'), (dict(rows=dict(train=95, val=24)), 'train is not of the sizes'),
+    (dict(latent_std=float('nan')), 'numbers'), (dict(vocab_size='30'), 'damaged'),
+    (dict(eos_id=None), 'damaged'), (dict(checksums={}), 'damaged')])
 def test_metadata_that_cannot_be(tiny_set, changes, says):
     change_meta(tiny_set, **changes)
     refused(tiny_set, says)
@@ -77,53 +75,44 @@ def test_files_that_are_gone_or_cut(tiny_set, name):
     (tiny_set / name).write_bytes(data[:-1])
     refused(tiny_set, re.escape(str(tiny_set)))
     (tiny_set / name).unlink()
-    refused(tiny_set, f'{name} not found; run: python prepare.py --dataset=tiny')
+    refused(tiny_set, f'cannot read .*{name}: No such file .*python prepare.py --dataset=tiny')
 
 
 @pytest.mark.parametrize('name', ['train.bin', 'val.idx.npy'])
-def test_damaged_bins_are_refused(tiny_set, name):
-    """Cut at each of the last lengths, or with one bit turned at random places."""
-    whole, rng = (tiny_set / name).read_bytes(), random.Random(1)
-    damaged = [whole[:-n] for n in range(1, 65)]
-    for _ in range(200):
-        data, at = bytearray(whole), rng.randrange(len(whole))
-        data[at] ^= 1 << rng.randrange(8)
-        damaged.append(data)
-    for data in damaged:
-        (tiny_set / name).write_bytes(data)
-        refused(tiny_set, verify=True)
+def test_bins_cut_at_each_of_the_last_lengths_are_refused(tiny_set, name):
+    whole = (tiny_set / name).read_bytes()
+    for n in range(1, 65):
+        (tiny_set / name).write_bytes(whole[:-n])
+        refused(tiny_set)
 
 
 def test_bins_without_permission_are_not_called_damaged(tiny_set, monkeypatch):
     def no(file, **how):
         raise PermissionError(13, 'Permission denied', str(file))
     monkeypatch.setattr(np, 'load', no)
-    with pytest.raises(UserError, match='^cannot read .*train.idx.npy: Permission denied$'):
+    with pytest.raises(UserError, match='^cannot read .*train.idx.npy: Permission denied;'):
         open_bins(str(tiny_set.parent), 'tiny')
 
 
 def test_rows_without_eos_are_refused(tmp_path):
     good, bad = [([5, 1], [6, 1]), ([], [7, 1])], [([5], [6, 1]), ([], [7, 1, 0])]
-    assert write_split(str(tmp_path), 'val', good * 600, np.uint16, 9, eos=1)[0] == 1200
-    for n, row in enumerate(bad):
-        with pytest.raises(UserError, match=f'row {1200 + n} of val .* end in EOS, 1: take'):
-            write_split(str(tmp_path), 'val', good * 600 + good[:n] + [row], np.uint16, 9, eos=1)
+    meta = dict(dir=str(tmp_path), dtype='uint16', vocab_size=9, eos_id=1)
+    assert write_split(meta, 'val', good * 600)[0] == 1200
+    for row, wrong in zip(bad, (5, 0)):
+        with pytest.raises(UserError, match=f'val has token id {wrong} .* end in EOS, 1: take'):
+            write_split(meta, 'val', good * 600 + [row])
 
 
 def test_read_row():
-    ids, index = np.arange(9).view(np.memmap), np.array([[0, 2], [3, 3], [5, 9]])
-    ids.filename = 'train.bin'
+    ids, index = np.arange(9), np.array([[0, 2], [3, 3], [5, 9]])
     rows = [[part.tolist() for part in read_row(ids, index, r)] for r in range(3)]
     assert rows == [[[0, 1], [2]], [[], [3, 4]], [[5, 6, 7, 8], []]]
-    for wrong in ([[4, 3], [5, 5]], [[0, 6], [5, 5]], [[-1, 0], [5, 5]]):
-        with pytest.raises(UserError, match='row 0 of train.bin has offsets'):
-            read_row(ids, np.array(wrong), 0)
 
 
 def test_get_rows_pads_cuts_and_marks(tmp_path):
     rows = [([10, 11, 12, 1], [20, 1]), ([], [30, 1]), ([40, 41, 42, 43, 1], [44, 1])]
-    assert write_split(str(tmp_path), 'train', rows, np.uint16, 99) == (3, 15, 7)
     meta = dict(dir=str(tmp_path), dtype='uint16', vocab_size=99, pad_id=0, eos_id=1)
+    assert write_split(meta, 'train', rows) == (3, 15, 7)
     c = ELFConfig(max_length=5, max_input_length=3)
     ids, valid, cond = get_rows(meta, 'train', [2, 0, 1], c)
     assert ids.tolist() == [[40, 41, 42, 44, 1], [10, 11, 12, 20, 1], [30, 1, 0, 0, 0]]
@@ -133,7 +122,7 @@ def test_get_rows_pads_cuts_and_marks(tmp_path):
     c.pad_token, c.max_length = 'eos', 4
     assert get_rows(meta, 'train', [1, 0], c)[0].tolist() == [[30, 1, 1, 1], [10, 11, 12, 20]]
     meta['vocab_size'] = 44
-    with pytest.raises(UserError, match='token id 44, the vocabulary ends at 43'):
+    with pytest.raises(UserError, match='token id 44, the vocabulary has 44'):
         get_rows(meta, 'train', [2], ELFConfig(max_length=8, max_input_length=3))
 
 
@@ -185,7 +174,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(bins):
 def test_cut_at_eos_and_printable():
     assert cut_at_eos([5, 1, 6], 1) == [5] and cut_at_eos([5, 6], 1) == [5, 6]
     assert cut_at_eos([1], 1) == []
-    assert printable('a\x1b[2Jb\nc é') == 'a\\x1b[2Jb c é'
+    assert printable('a\x1b[2Jb\nc é') == 'a [2Jb c é'
 
 
 def test_json_lines(tmp_path):

@@ -111,7 +111,8 @@ def test_a_few_texts_of_a_set_of_ids_with_conditions_alone(validation, bins, tmp
     index = np.load(tmp_path / 'pairs' / 'val.idx.npy')
     index[:, 1] += 3
     np.save(tmp_path / 'pairs' / 'val.idx.npy', index)
-    net.config = dataclasses.replace(net.config, max_input_length=5, steps=2)
+    net.config = dataclasses.replace(net.config, max_input_length=5, steps=2,
+                                     tokenizer=meta['tokenizer'])
     ids = np.fromfile(tmp_path / 'pairs' / 'val.bin', np.uint16)[:3]
     write_few(net.eval(), encoder, meta | dict(dir=str(tmp_path / 'pairs')),
               str(tmp_path / 'few.jsonl'), 1)
@@ -129,10 +130,10 @@ def test_curves_take_the_last_line_of_an_iteration(tmp_path, capsys, monkeypatch
     file = tmp_path / 'metrics.jsonl'
     file.write_bytes('\n'.join(lines).encode() + b'\n\x00\xff\n')
     drawn, real = [], Axes.plot
-    monkeypatch.setattr(Axes, 'plot', lambda self, x, y, *args, **more: (
-        drawn.append(dict(zip(x, y))), real(self, x, y, *args, **more)))
+    monkeypatch.setattr(Axes, 'plot', lambda self, points, *args, **more: (
+        drawn.append(dict(points)), real(self, points, *args, **more)))
     plot_losses(str(tmp_path))
-    assert drawn == [{1: 5.0, 2: 4.5, 3: 3.0}, {2: 9.0}, {3: 2.0}]      # l2, val_l2, ce
+    assert drawn == [{1: 5.0, 2: 4.5, 3: 3.0}, {2: 9.0}, {3: 2.0}, {}]  # l2, ce; train, validation
     assert capsys.readouterr().out.count('no JSON') == 3
     assert (tmp_path / 'loss.png').stat().st_size > 5000
     assert sorted(os.listdir(tmp_path)) == ['loss.png', 'metrics.jsonl']
@@ -164,7 +165,7 @@ def test_entropy_in_gpt2s_tokens_without_gpt2(evaluate, tmp_path):
                     f'--gpt2={SHARED}/gpt2', f'--out_dir={tmp_path}')
     assert last['entropy'] == pytest.approx(5.157374851007953, rel=1e-7)
     assert 0.9 < last['distinct_4_judge'] < 1 and 'gen_ppl' not in last
-    assert ' dist-4 ' in evaluate.out
+    assert ' distinct_4_judge ' in evaluate.out
 
 
 def test_targets_go_by_id(tmp_path):
@@ -177,8 +178,8 @@ def test_targets_go_by_id(tmp_path):
 
 @pytest.mark.parametrize('content, says', [
     (None, 'cannot read'),
-    ('{"input": "", "target": "a"}\n', 'line 2 has id 1; .* has 1 lines'),
-    ('{"input": "a"}\n{"input": "", "target": "b"}\n', 'has 0 lines that all have a .target'),
+    ('{"input": "", "target": "a"}\n', "not each text has a 'target'"),
+    ('{"input": "a"}\n{"input": "", "target": "b"}\n', "not each text has a 'target'"),
 ])
 def test_targets_that_do_not_fit(evaluate, tmp_path, content, says):
     texts, pairs = tmp_path / 'texts.jsonl', tmp_path / 'pairs.jsonl'
@@ -220,7 +221,8 @@ def test_scores_a_file(evaluate, bins, judge, tmp_path):
     ('{"generated": 3}\n', 'line 1'),
     ('[]', 'line 1'),
     ('\n', 'no texts'),
-    ('{"text": "a", "target": "b"}\n{"text": "a"}', 'line 2'),
+    ('{"text": "a", "target": "b"}\n{"text": "a"}', "not each text has a 'target'"),
+    ('{"text": "a", "target": 3}', "not each text has a 'target'"),
     ('{"text": "a"}\n"\xff"', 'line 2'),
 ])
 def test_broken_file_is_one_line(evaluate, tmp_path, text, said):
@@ -318,7 +320,7 @@ def test_two_ranks_write_what_one_writes(evaluate, trained, judge, tmp_path):
     # torchrun gives each rank one thread, which sums products in another order
     near = dict(gen_ppl=pytest.approx(alone['gen_ppl'], rel=1e-5))
     near['val'] = {k: pytest.approx(x, rel=1e-5) for k, x in alone['val'].items()}
-    assert together | dict(seconds=0) == alone | dict(seconds=0) | near
+    assert together == alone | near
     assert (tmp_path / 'samples_eval.jsonl').read_bytes() == texts and 'ranks: 2' in got.stdout
 
 

@@ -178,13 +178,12 @@ def test_convert(source, step, files, hub, ask, tmp_path):
     assert sum(hub.got.values()) - before == files
 
 
-@pytest.mark.parametrize('source, says', [
-    ('org/lightning', 'is a Lightning checkpoint'), ('org/jax', 'is a JAX checkpoint'),
-    ('org/lightning/last.ckpt', 'python convert.py org/lightning/last.ckpt FOLDER')])
-def test_what_must_be_converted(source, says, ask, tmp_path):
+@pytest.mark.parametrize('source', ['org/lightning', 'org/jax', 'org/lightning/last.ckpt'])
+def test_what_must_be_converted(source, ask, tmp_path):
     args = f'--init_from={source}', f'--out_dir={tmp_path}/out'
     code, out, err = ask('online', 'sample.py', *args)
-    assert code == 1 and err.splitlines()[-1].startswith('error: ') and says in err
+    assert code == 1 and err.splitlines()[-1].startswith('error: ')
+    assert f'convert it first: python convert.py {source} FOLDER' in err
     assert 'Traceback' not in err
 
 
@@ -204,7 +203,6 @@ def test_a_name_that_is_not_there(ask, tmp_path):
         code, out, err = ask(state, 'convert.py', 'org/elf/none.pt', tmp_path / 'out')
         assert code == 1 and err.startswith('error: ') and err.count('\n') == 1, err
         assert 'no checkpoint in org/elf/none.pt' in err
-        assert ('the hub cannot be asked' in out) == (state == 'offline')
 
 
 def test_a_set_by_name(ask, tmp_path):

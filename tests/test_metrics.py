@@ -13,10 +13,10 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 from configurator import UserError
-from eval import make_judges, read_samples, read_split
+from eval import read_samples, read_split
 from parts.data import open_bins
-from parts.metrics import (COLUMNS, bleu, distinct, entropy, exact_match, gen_ppl, judge_ids,
-                           load_gpt2, load_judge, measure, ngram_nats, ngram_p, over_runs,
+from parts.metrics import (bleu, distinct, entropy, exact_match, gen_ppl, judge_ids, load_gpt2,
+                           load_judge, make_judges, measure, ngram_nats, ngram_p, over_runs,
                            print_table, repetition, rouge, train_ngram)
 
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared', 'data')
@@ -84,9 +84,9 @@ def test_ngram_is_a_distribution():
 
 
 def test_ngram_judge_learns_characters_and_tokens(bins):
-    meta = open_bins(str(bins), 'tiny')
-    train = read_split(meta, 'train', 96)
-    row = measure([dict(generated='ab', ids=[4, 5])], 9, make_judges('ngram', '', meta, 'cpu'))
+    train = list(read_split(open_bins(str(bins), 'tiny'), 'train'))
+    row = measure([dict(generated='ab', ids=[4, 5])], 9, make_judges('ngram', '', train, 'cpu'))
+    assert len(train) == 96
     of_tokens = train_ngram([tuple(text['ids']) for text in train], n=3)
     of_chars = train_ngram([text['generated'] for text in train])
     assert row['nats_per_token'] == pytest.approx(ngram_nats([(4, 5)], of_tokens))
@@ -131,27 +131,23 @@ def test_exact():
     # three miss: "four two" at word 2, "four two three" at 3 and longer, "one" at 2 and shorter
     assert (got['length'], got['first_wrong']) == (pytest.approx(2 / 3), 2)
     assert measure(rows[:1], 99, [])['exact_stderr'] == 0
-    # no pairs of words: nothing for ROUGE-2 to count, as the legend says
+    # no pairs of words: nothing for ROUGE-2 to count, as --help says
     assert rouge(['seven'], ['seven']) == dict(rouge1=100, rouge2=0, rougeL=100)
 
 
 def test_table_leaves_empty_columns_out_and_fits_a_terminal(capsys):
-    paired = ('bleu', 'rouge1', 'rouge2', 'rougeL', 'exact', 'exact_stderr', 'length',
-              'first_wrong')
-    others = ('gen_ppl', 'entropy', 'distinct_4_judge', 'seconds')
-    row = {key: 0.5 for key in COLUMNS if key not in paired + others}
+    row = dict(texts=9, steps=4, nats_per_char=0.5, nats_per_token=0.25, entropy_own=2.0,
+               distinct_4=0.5, repetition=0.5, bleu=None, empty=3)
     print_table({'samples': row, 'real': {'empty': 0}})
-    head, samples, real, *notes = capsys.readouterr().out.strip('\n').split('\n')
-    assert 'own ent' in head and 'BLEU' not in head and 'ppl' not in head
-    assert len(samples) == len(head) <= 80 and real.split() == ['real', '0'] and len(notes) == 3
-    several = dict(gen_ppl=1234.5678, stderr=dict(gen_ppl=0.5))
+    head, samples, real = capsys.readouterr().out.strip('\n').split('\n')
+    assert head.split() == [key for key in row if key not in ('texts', 'steps', 'bleu')]
+    assert samples.split()[-2:] == ['0.5000', '3'] and real.split() == ['real', '0']
+    assert len(samples) == len(head) <= 80
+    several = dict(gen_ppl=1234.5678, stderr=dict(gen_ppl=0.5), by_seed=[])
     print_table({'samples': several, 'real': dict(gen_ppl=9.1)})
-    assert capsys.readouterr().out.startswith('''
-                 ppl
-samples        1235.
-samples +-    0.5000
-real           9.100
-''')
+    lines = capsys.readouterr().out.split('\n')
+    assert [line.split() for line in lines if line] == [
+        ['gen_ppl'], ['samples', '1235.'], ['samples', '+-', '0.5000'], ['real', '9.100']]
 
 
 def test_means_over_runs_may_be_nan():
@@ -263,7 +259,7 @@ def plain_ppl(folder, texts):
     ['far longer than the twenty-four positions', 'hello'],
 ])
 def test_gen_ppl_equals_hugging_face(judge, texts):
-    got = gen_ppl(texts, judge, batch_size=2)
+    got = gen_ppl(texts, judge)
     want, count = plain_ppl(judge, texts)
     assert got['gen_ppl'] == pytest.approx(want, rel=1e-5) and got['tokens'] == count
     assert got['entropy'] == pytest.approx(mean_entropy(judge, texts))

@@ -49,7 +49,7 @@ def make(run, tmp_path):
     def make(source, *args):
         data_dir = str(tmp_path / 'data')
         make.out = run('prepare.py', f'--dataset={source}', f'--data_dir={data_dir}', *args)
-        return open_bins(data_dir, run.globals['name'], verify=True)
+        return open_bins(data_dir, run.globals['name'])
     return make
 
 
@@ -285,7 +285,7 @@ def test_stories_one_a_row(make, tmp_path, tok):
 @pytest.mark.parametrize('content, says', [
     (b'', 'too little'), (b'two words', 'too little'), (None, 'cannot read'),
     ('Ж'.encode() * 9000, 'keeps more than'),
-    (b'ok\nbad \xff byte', 'line 2: byte 0xff is not UTF-8')])
+    (b'ok\nbad \xff byte', 'line 2: .* 0xff .* in UTF-8')])
 def test_texts_that_are_refused_leave_the_old_bins(make, tmp_path, text, content, says):
     """Also where a kill between the two renames had left them aside."""
     file = write(tmp_path / 'my.txt', text)
@@ -421,10 +421,10 @@ TWO = [[4, 1]] * 29
 
 @pytest.mark.parametrize('columns, says', [
     (dict(input_ids=None, condition_input_ids=None, input=None), 'has the columns target, index'),
-    (dict(input_ids=[*TWO, *TWO, [4, 1], [30, 1]]), r'row \d+ of val has token id 30'),
-    (dict(input_ids=[[4, 1], [4, 1, 0, 0], *TWO, *TWO]), 'row 1 of train .*take padding off'),
-    (dict(condition_input_ids=[[4], [4, 1], *TWO, *TWO]), 'row 0 of train .*in EOS, 1'),
-    (dict(input_ids=[[4, 1], [-1, 1], *TWO, *TWO]), 'row 1 of train has token id -1'),
+    (dict(input_ids=[*TWO, *TWO, [4, 1], [30, 1]]), 'val has token id 30'),
+    (dict(input_ids=[[4, 1], [4, 1, 0, 0], *TWO, *TWO]), 'train has token id 0 .*take padding off'),
+    (dict(condition_input_ids=[[4], [4, 1], *TWO, *TWO]), 'train .*in EOS, 1'),
+    (dict(input_ids=[[4, 1], [-1, 1], *TWO, *TWO]), 'train has token id -1'),
     (dict(input_ids=[*TWO, [4, 1], [], *TWO]), 'row 30 lacks ids under'),
     (dict(condition_input_ids=[[], [4, 1], *TWO, *TWO]), 'row 0 lacks ids under'),
     (dict(input_ids=['text'] * 60), 'lacks ids'), (dict(input_ids=[['text']] * 60), 'lacks ids'),

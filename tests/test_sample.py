@@ -202,8 +202,8 @@ def test_auto_packs_what_it_says(fast, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, '_reorder_linear_weight', reorder, raising=False)
     device, bf16, said = pick_device('cpu', 'auto')
     assert device == CPU and bf16 is fast
-    assert said.endswith('bfloat16 autocast (fast here)' if fast else
-                         'float32 (no fast bfloat16 here)')
+    assert said.endswith('bfloat16 autocast (dtype=auto, fast bfloat16 here)' if fast else
+                         'float32 (dtype=auto, no fast bfloat16 here)')
     net = small()
     pack_linears(net, bf16)
     linears = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
@@ -215,7 +215,7 @@ def test_auto_packs_what_it_says(fast, monkeypatch):
 
 
 @pytest.mark.parametrize('device, dtype, says', [
-    ('tpu', 'auto', "device='tpu' is not available here; this machine has .*cpu"),
+    ('tpu', 'auto', "device='tpu' is not available here; .*=auto takes c"),
     ('cpu:x', 'auto', "device='cpu:x' is not available here"),
     ('cpu', 'fp8', "dtype='fp8' is not one of auto, float32, bfloat16")])
 def test_devices_that_are_not_there(device, dtype, says):

@@ -11,7 +11,7 @@ from test_eval import change_settings, eval_command, evaluate, trained  # noqa: 
 
 import sample
 from configurator import UserError
-from eval import combinations
+from eval import SWEPT, combinations
 from parts.plots import plot_sweep
 
 SETTINGS = dict(init_from='', steps=-1, sampler='', gamma=-1.0, w=-1.0, cfg=-1.0,
@@ -47,19 +47,19 @@ def count_samplings(monkeypatch, fail_at=None):
 
 
 def test_combinations_are_the_product():
-    got = combinations('steps=4,8  gamma=0,1.5', SETTINGS)
+    got = [dict(zip(SWEPT, one)) for one in combinations('steps=4,8  gamma=0,1.5', SETTINGS)]
     assert [(one['steps'], one['gamma']) for one in got] == [(4, 0.0), (4, 1.5), (8, 0.0), (8, 1.5)]
     assert got[0] == SETTINGS | dict(steps=4, gamma=0.0) and type(got[0]['gamma']) is float
-    assert combinations('', SETTINGS) == [SETTINGS]
-    assert [one['init_from'] for one in combinations('init_from=a,b', SETTINGS)] == ['a', 'b']
+    assert combinations('', SETTINGS) == [tuple(SETTINGS.values())]
+    assert [init_from for init_from, *_ in combinations('init_from=a,b', SETTINGS)] == ['a', 'b']
 
 
 @pytest.mark.parametrize('text, says', [
     ('step=4', "'step=4' is not name=value,value with one of init_from, .*grid"),
     ('seed=1,2', "'seed=1,2' is not"), ('out_dir=a', "'out_dir=a' is not"),
     ('steps', "steps='' is not"), ('steps=', "steps='' is not"), ('steps=4,,8', "steps='' is not"),
-    ('steps=4,a', "--sweep: steps='a' is not a whole number"),
-    ('steps=4.5', 'not a whole number'), ('gamma=x', "gamma='x' is not a number"),
+    ('steps=4,a', "--sweep: steps='a' is not of type int"),
+    ('steps=4.5', 'not of type int'), ('gamma=x', "gamma='x' is not of type float"),
     ('steps=0', 'between 1 and'), ('sampler=sdf', "sampler='sdf' is not one of .*'ode', 'sde'"),
     ('grid=even', "grid='even' is not one of .*'quantile', 'uniform'"),
 ])
@@ -77,7 +77,6 @@ def test_samples_each_combination_once(swept, tmp_path, monkeypatch):
     for row, call in zip(rows, calls):
         assert row['nats_per_char'] > 0 and row['entropy_own'] > 0 and row['texts'] == 6
         assert (row['steps'], row['sampler'], row['gamma']) == call and row['judge'] == 'ngram'
-    assert min(row['seconds'] for row in rows) >= 0
     assert swept.out.count('\nreal ') == swept.out.count('\nsteps=3 sampler=ode ') == 1
     assert (tmp_path / 'sweep.png').stat().st_size > 10000
     assert not (tmp_path / 'samples_eval.jsonl').exists()
@@ -130,7 +129,7 @@ def test_two_ranks_sweep_as_one(swept, trained, tmp_path):
     got = eval_command(*trained, '--sweep=steps=2,3', ranks=2)
     assert got.returncode == 0, got.stderr
     together = read(trained)
-    assert [row | dict(seconds=0) for row in together] == [row | dict(seconds=0) for row in alone]
+    assert together == alone
     assert got.stdout.count('\nsteps=3 ') == 1, 'one table'
 
 

@@ -117,7 +117,7 @@ def test_settings_that_do_not_fit_the_data(run, toy, tiny, tmp_path):
         assert not os.path.exists(tmp_path / 'out')
 
     refused('has conditions, but max_input_length is 0', *pairs)
-    refused('leaves no room', *pairs, '--max_input_length=13')
+    refused('needs max_length=14 or more', *pairs, '--max_input_length=13')
     refused('has no conditions', '--max_input_length=5')
 
 
