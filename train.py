@@ -15,7 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from eval import describe_val, estimate_loss, plot_losses, write_few
-from model import (ELF, NAMES, SIZES, ELFConfig, TextEncoder, compute_loss, draw, encode_rows,
+from model import (ELF, SIZES, ELFConfig, TextEncoder, compute_loss, draw, encode_rows,
                    estimate_flops)
 from parts import checkpoint as on_disk
 from parts.data import check_bins, check_vocabulary, get_rows, open_bins, row_seed, rows_at
@@ -177,14 +177,15 @@ if __name__ == '__main__':
     if master:
         init_from = on_disk.where_to_start(init_from, out_dir, overwrite)
     init_from = gather(init_from)[0]
-    resume = init_from == 'resume'
-    path, ckpt = on_disk.newest_checkpoint(out_dir) if resume else ('', {})
+    resumed, ckpt = '', {}      # the path of a checkpoint, what is in it
+    if init_from == 'resume':
+        resumed, ckpt = on_disk.newest_checkpoint(out_dir)
     iter_num, was = ckpt.get('iter_num', 0), ckpt.get('config', {})
     # noise by the width of the latents, unless it is given, or that of the run that goes on
     width = math.sqrt(meta['latent_dim'] / 512)
     config['noise_scale'] = noise_scale or was.get('noise_scale', 2 * width)
     config['decoder_noise_scale'] = decoder_noise_scale or was.get('decoder_noise_scale', 5 * width)
-    notes = on_disk.check_resume(path, ckpt, config) if resume else []
+    notes = on_disk.check_resume(resumed, ckpt, config) if resumed else []
     if init_from not in ('resume', 'scratch'):
         model = ELF.from_pretrained(init_from)
         check_vocabulary(meta, model.config, init_from)
@@ -196,7 +197,7 @@ if __name__ == '__main__':
     sizes = ckpt.get('model_args', {})      # those of the weights, if there are any
     settings = config | {name: meta[name] for name in from_bins}
     settings |= {name: sizes[name] for name in SIZES if name in sizes}
-    c = ELFConfig(**{name: settings[name] for name in NAMES if name in settings})
+    c = ELFConfig(**{f.name: settings[f.name] for f in fields(ELFConfig) if f.name in settings})
     raw_model = ELF(c)
     if ckpt:
         raw_model.load_state_dict(ckpt['model'])
@@ -208,7 +209,7 @@ if __name__ == '__main__':
     else:
         opt = torch.optim.AdamW(params, learning_rate, betas=(0.9, 0.95),
                                 weight_decay=weight_decay)
-    if resume:
+    if resumed:
         ema.load_state_dict(ckpt['ema'])
         opt.load_state_dict(ckpt['optimizer'])
     model = ckpt = None         # their memory
@@ -234,9 +235,9 @@ if __name__ == '__main__':
            f"{rows_per_step} rows, {rows_per_step * max_length:,} tokens; {max_iters} iterations = "
            f"{max_iters * rows_per_step / n_rows:.2f} epochs, {warmup_iters} of warm-up, "
            f"peak lr {learning_rate:.2e}")
-    begin = f'resumed {path} at iteration {iter_num}' if resume else init_from
+    begin = f'resumed {resumed} at iteration {iter_num}' if resumed else init_from
     print0(f"start: {begin}", *notes, sep='\n  ')
-    lock, log, model_args = on_disk.begin_run(out_dir, resume, config, c)
+    lock, log, model_args = on_disk.begin_run(out_dir, resumed, config, c)
 
     def next_batch(iter_num, micro_step):
         """Rows and draws, by a micro-batch's number alone: the same resumed, or on more ranks."""
@@ -271,7 +272,7 @@ if __name__ == '__main__':
     peak = None if teacher else peak_flops(about)       # a teacher's passes are not estimated
     stopped, bad_steps, step_seconds = 0, 0, []
     note_signals()
-    if not resume:
+    if not resumed:
         validate()
     loader = ThreadPoolExecutor(1)
     batch = loader.submit(next_batch, iter_num, 0)
