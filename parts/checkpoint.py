@@ -132,7 +132,7 @@ def check_checksums(path):
 MAY_CHANGE = (
     'out_dir', 'init_from', 'overwrite', 'log_interval', 'eval_interval', 'eval_iters',
     'save_interval', 'keep_interval', 'sample_interval', 'wandb_log', 'wandb_project', 'data_dir',
-    'verify_data', 'max_minutes', 'max_epochs', 'dtype',
+    'max_minutes', 'max_epochs', 'dtype',
     'gradient_checkpointing', 'sampler', 'steps', 'gamma', 'w', 'cfg', 'grid', 'bins')
 # and, said so, how long it runs, and where
 WHERE_IT_RUNS = ('ranks', 'device', 'bf16', 'compile', 'batch_size', 'gradient_accumulation_steps')
