@@ -68,10 +68,10 @@ def in_words(n):
     return TENS[n // 10 - 2] + (f'-{BELOW_20[n % 10]}' if n % 10 else '')
 
 
-def numbers(back=False):
+def numbers():
     """
-    Rows of a number below a million in digits and in words, or back: 100 to train on, then one that
-    is held out, a thousand times. The former have as many digits as the largest of three dice, and
+    Rows of a number below a million in digits and in words: 100 to train on, then one that is held
+    out, a thousand times. The former have as many digits as the largest of three dice, and
     in one of four half the digits are zeros, so that short and round numbers are known, too.
     """
     rng = random.Random(0)
@@ -85,8 +85,7 @@ def numbers(back=False):
             digits = '0123456789' if len(drawn) % 4 else '000000000123456789'
             drawn += {int(''.join(rng.choices(digits, k=length)))} - unseen
         for n in (*drawn, last):
-            texts = (in_words(n), str(n)) if back else (str(n), in_words(n))
-            yield dict(zip(('input', 'target'), texts))
+            yield dict(input=str(n), target=in_words(n))
 
 # -------------------------------------------------------------------------------------------------
 # tokens
@@ -162,7 +161,7 @@ def save_encoder(path, meta, dim, layers, seed):
     from transformers import T5Config, T5EncoderModel
     from transformers.utils import logging
     logging.disable_progress_bar()
-    config = T5Config(vocab_size=meta['vocab_size'], d_model=dim, d_kv=max(1, dim // 4),
+    config = T5Config(vocab_size=meta['vocab_size'], d_model=dim, d_kv=dim // 4,
                       d_ff=2 * dim, num_layers=layers, num_heads=4)
     torch.manual_seed(seed)
     model = T5EncoderModel(config)
