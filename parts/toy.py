@@ -9,6 +9,7 @@ import random
 import re
 import string
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,12 +25,10 @@ def docstrings():
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     # a distribution may leave some out, or put its own packages beside
     skipped = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'lib2to3'}
-    for at, folders, files in os.walk(os.path.dirname(os.__file__)):
-        folders[:] = sorted(set(folders) - skipped)
-        for file in sorted(file for file in files if file.endswith('.py')):
-            with open(os.path.join(at, file), 'rb') as f:
-                tree = ast.parse(f.read())
-            for node in ast.walk(tree):
+    library = Path(os.__file__).parent
+    for file in sorted(library.rglob('*.py'), key=lambda file: (file.parent.parts, file.name)):
+        if skipped.isdisjoint(file.relative_to(library).parts):
+            for node in ast.walk(ast.parse(file.read_bytes())):
                 if isinstance(node, documented):
                     yield ast.get_docstring(node) or ''
 
