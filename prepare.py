@@ -264,14 +264,15 @@ def read_rows(file):
     try:
         for row in rows:
             if None in row:
-                raise ValueError("more fields than names in the first line; "
-                                 "quote texts that have the separator in them")
+                raise ValueError("more fields than names in the first line")
             yield f"{file}, row {done}", row
             done += 1
     except UserError:
         raise
     except Exception as e:      # each kind has errors of its own
-        raise UserError(f"{file} is not readable after {done} rows: {one_line(e)}") from None
+        raise UserError(f"{file} is not readable after {done} rows ({one_line(e)}); in .csv and "
+                        ".tsv, a text with separators or quotes in it must stand in quotes, each "
+                        "of its own doubled") from None
 
 
 def read_table(file, kind):
