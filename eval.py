@@ -45,7 +45,7 @@ from parts.device import (autocast, compile_in_place, gather, pack_linears, prin
 # five of these for those who look for them here
 from parts.metrics import (bleu, entropy, exact_match, find_targets, gen_ppl,  # noqa: F401
                            make_judges, mean, measure, over_runs, print_table, rouge)
-from parts.plots import label, plot_losses, plot_sweep, read_rows  # noqa: F401
+from parts.plots import at_equal_entropy, label, plot_losses, plot_sweep, read_rows  # noqa: F401
 from sample import CHOICES, load_model, resolve_sampling, sample_texts  # noqa: F401, for configure
 
 # --------------------------------------------------------------------------------------------------
@@ -328,6 +328,9 @@ if __name__ == '__main__':
     real_row = dict(real=measure(real, limit, judges)) if real else {}
     names = [k for k in ('source', *SWEPT[1:]) if len({row[k] for row in rows}) > 1]
     print_table({label(row, names): row for row in rows} | real_row)
+    if sweep and real:
+        for name, number in at_equal_entropy(rows, real_row['real']).items():
+            print(f"the judge at the entropy of real text: {name}: {number}")
     if sweep:
         plot_sweep(os.path.join(out_dir, 'sweep.png'), rows, real_row.get('real'), names)
         print(f"{log}, sweep.png")

@@ -25,7 +25,8 @@ import shlex
 import shutil
 import time
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, pairwise, tee
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -34,7 +35,7 @@ from model import ELFConfig, TextEncoder
 from parts.data import (FILES, batched, finish_swap, get_rows, load_tokenizer, open_bins,
                         open_split, read_jsonl, read_lines, read_row, sha256, write_jsonl,
                         write_split)
-from parts.process import from_hub
+from parts.process import from_hub, one_line
 from parts.toy import numbers, pydocs, save_encoder, train_tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -72,20 +73,18 @@ T5 = dict(tokenizer='t5-small', encoder='t5-small', letters_only=False)
 KNOWN = {
     # 100,000 pairs and 1,000 unseen ones; a digit, a word: a token each
     'numbers': dict(token_level='words', val_fraction=1 / 101),
-    'numbers_back': dict(token_level='words', val_fraction=1 / 101),
     # 9,737,184 rows of 850-1020 tokens
     'openwebtext': dict(T5, dataset='embedded-language-flows/openwebtext-t5', val_fraction=0.0005),
     'wmt14_de-en': dict(T5, dataset='embedded-language-flows/wmt14_de-en_train_t5',
                         val_dataset='embedded-language-flows/wmt14_de-en_validation_t5'),
     'xsum': dict(T5, dataset='embedded-language-flows/xsum_train_t5',
                  val_dataset='embedded-language-flows/xsum_validation_t5'),
-    # the texts they were made from, at the revisions with parquet files
+    # the texts it was made from, at the revision with parquet files; those of the other two:
+    #     --dataset=wmt/wmt14 --subset=de-en --columns=de,en
+    #     --dataset=EdinburghNLP/xsum --revision=refs/convert/parquet
     'openwebtext-raw': dict(T5, dataset='Skylion007/openwebtext', val_fraction=0.0005,
                             revision='963532436460638ab26b7633e23776e6c7e37d59',
                             pack='paragraphs', max_length=1024),
-    'wmt14_de-en-raw': dict(T5, dataset='wmt/wmt14', subset='de-en', columns='de,en',
-                            revision='636160b43f4e525818592807e71b666c97327445'),
-    'xsum-raw': dict(T5, dataset='EdinburghNLP/xsum', revision='refs/convert/parquet'),
     # One story a row, so that a model learns where stories begin and end. Of 2,316 stories, 202
     # tokens in the median, 79 % are whole in 256 tokens; that keeps 88 % of the text, and 21 % of
     # the rows is padding. In 512 tokens: 96 %, 98 %, and 56 % padding at twice the work.
@@ -101,15 +100,15 @@ CONFIGS_OF_OWN = (('pydocs', 'owt_elf_b', 'minilm'), ('numbers', 'wmt14_de_en_el
 # --------------------------------------------------------------------------------------------------
 # a source: files of one kind, by split
 
-MADE = dict(pydocs=pydocs, numbers=numbers, numbers_back=partial(numbers, back=True))
+MADE = dict(pydocs=pydocs, numbers=numbers)
 CARD = 'README.md'
 CHECKED = (*FILES, 'tokenizer/tokenizer.json', 'encoder/model.safetensors')
 TABLES, TEXTS = ('parquet', 'arrow'), ('jsonl', 'json', 'csv', 'tsv', 'txt')
 KINDS = TABLES + TEXTS
 KIND = re.compile(rf"(?i).*\.({'|'.join(KINDS)})(\.gz|\.bz2|\.xz)?")
 # what save_to_disk and the hub leave beside the data, and legal texts
-NO_CORPUS = re.compile(r'(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow|'
-                       r'(?i:(licen[sc]e|readme|notice|copying)(?![a-z]).*\.txt)')
+NO_CORPUS = re.compile(r'(.*/)?((dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow|'
+                       r'(?i:(licen[sc]e|readme|notice|copying)(?![a-z])[^/]*\.txt))')
 TEST_WORDS = set('test tests testing testset'.split())
 VAL_WORDS = set('validation valid val dev eval evaluation holdout heldout'.split())
 
@@ -121,22 +120,17 @@ def load_source():
     """
     files = find_files(dataset, revision)
     if val_dataset:
-        other = find_files(val_dataset, '')
+        other = find_files(val_dataset)
         files.update(val=other['val'] or other['train'] or other['test'], test=[])
-    if not files['train']:
-        raise UserError(f"{dataset} has nothing to train on: wanted files {', '.join(KINDS)}, not "
-                        f"named test or validation; it has {shortened(sum(files.values(), []))}")
-    names = choose_columns(files['train'])
-    if files['val'] and choose_columns(files['val']) != names:
-        raise UserError("train and val have different columns; they must be alike")
-    print(f"columns: {', '.join(names)}")
     for split, paths in files.items():
         if paths:
-            print(f"{split}: {shortened(paths)}" + ", left out" * (split == 'test'))
-    return files, names
+            print(f"{split}: {', '.join(paths[:5])}" + ", left out" * (split == 'test'))
+    if not files['train']:
+        raise UserError(f"{dataset} has nothing to train on, by the names of its files: {files}")
+    return files, choose_columns(files['train'])
 
 
-def find_files(source, revision):
+def find_files(source, revision=''):
     """
     The files of what a setting names -> {'train', 'val', 'test': paths}. UserError if they are no
     single corpus.
@@ -145,25 +139,25 @@ def find_files(source, revision):
     files = dict(train=[], val=[], test=[])
     if kind_of(source) and not os.path.isdir(source):       # a file is taken, whatever its name
         return files | dict(train=[source])
-    if os.path.isfile(source):
-        raise UserError(f"cannot read {source}: a file must be one of {', '.join(KINDS)}")
     folder = source if os.path.exists(source) else fetch(source, revision)
     card = read_card(source, folder)
-    found = {path: split for split, pattern in card or [('', os.path.join(subset, '**/*'))]
-             for path in glob.glob(f'{glob.escape(folder)}/{pattern}', recursive=True)}
-    if subset and not found:
-        raise UserError(f"{source} has no {subset!r}; it has {shortened(os.listdir(folder))}")
-    for path, split in sorted(found.items()):       # nothing hidden
+    patterns = card or {os.path.join(subset, '**/*'): 'train'}
+    found = {file: split for pattern, split in patterns.items()
+             for file in glob.glob(pattern, root_dir=folder, recursive=True)}   # nothing hidden
+    for file, split in sorted(found.items()):
+        path = os.path.join(folder, file)
         if not os.access(path, os.R_OK):
             raise UserError(f"cannot read {path}: no permission, or a link to nothing")
-        if kind_of(path) and not NO_CORPUS.fullmatch(os.path.basename(path)):
-            files[split_of(f"{split}/{os.path.relpath(path, folder)}")].append(path)
-    kinds = {kind_of(path) for path in files['train'] + files['val']}
-    folders = {os.path.dirname(path) for path in files['train'] if not card and not subset}
-    for mixed in (kinds, folders):
-        if len(mixed) > 1:
-            raise UserError(f"{source} has {' and '.join(sorted(mixed))}; choose a folder by "
-                            "--subset, --subset=. for all of one kind, or name one file itself")
+        if kind_of(file) and not NO_CORPUS.fullmatch(file):
+            files[split_of(f"{split}/{file}")].append(path)
+    if not any(files.values()):
+        raise UserError(f"{source} has no file of {', '.join(KINDS)} under subset={subset!r}; "
+                        f"it has {glob.glob('*', root_dir=folder)[:9]}")
+    places = {os.path.join('' if card or subset else os.path.dirname(path), '*.' + kind_of(path))
+              for path in files['train']}
+    if len(places) > 1:
+        raise UserError(f"{source} has {' and '.join(sorted(places))}; choose a folder by "
+                        "--subset, --subset=. for all of one kind, or name one file itself")
     return files
 
 
@@ -173,12 +167,11 @@ def fetch(source, revision):
     print(f"{source}: its files from the hub")
     get = partial(snapshot_download, source, repo_type='dataset', revision=revision or None)
     with from_hub("no dataset", source):
-        patterns = [path for _, path in read_card(source, get(allow_patterns=[CARD]))]
+        card = read_card(source, get(allow_patterns=CARD))
         for kinds in (TABLES, TEXTS):       # tables first: often a text lies beside them
             endings = [f"{subset.strip('.')}*.{kind}*" for kind in kinds]
-            folder = get(allow_patterns=patterns or endings)
-            names = glob.glob('**', root_dir=folder, recursive=True)
-            if any(kind_of(name) in TABLES for name in names):
+            folder = get(allow_patterns=list(card) or endings)
+            if any(map(kind_of, glob.glob('**', root_dir=folder, recursive=True))):
                 break
     return folder
 
@@ -186,21 +179,23 @@ def fetch(source, revision):
 def read_card(source, folder):
     """
     The files of the configuration that subset names, or of the only one, by the card of a dataset
-    -> [(split, pattern)], empty if it says nothing. UserError if there are several to choose from.
+    -> {pattern: split}, empty if it says nothing. UserError if there are several to choose from.
     """
     from datasets.data_files import sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import metadata_load
     card = os.path.join(folder, CARD)
+    if not os.path.exists(card):
+        return {}
     with from_hub("cannot read", card):
-        found = metadata_load(card) if os.path.exists(card) else None
-        configs = {config['config_name']: config for config in (found or {}).get('configs', [])}
+        configs = MetadataConfigs.from_dataset_card_data(metadata_load(card) or {})
         if len(configs) > 1 and subset not in configs:
             raise UserError(f"{source} has several configurations; choose one by --subset: "
                             f"{', '.join(configs)}")
-        config = configs.get(subset or ''.join(configs), {})
-        inside = [f"{config['data_dir']}/**"] if 'data_dir' in config else []
+        config = configs.get(subset or ''.join(configs), dict(data_files=[]))
+        inside = os.path.join(config.get('data_dir', ''), '**')
         patterns = sanitize_patterns(config.get('data_files', inside))
-    return [(split, path) for split, paths in patterns.items() for path in paths]
+    return {path: split for split, paths in patterns.items() for path in paths}
 
 
 def kind_of(path):
@@ -214,20 +209,21 @@ def split_of(path):
     words = {word.lower() for word in re.findall('[A-Z]?[a-z]+|[A-Z]+', path)}
     return 'test' if words & TEST_WORDS else 'val' if words & VAL_WORDS else 'train'
 
-
-def shortened(names):
-    """A list for a message."""
-    return ', '.join(names[:5]) + ', ...' * (len(names) > 5)
-
 # --------------------------------------------------------------------------------------------------
 # files to what stands in their rows, streamed
 
-# names of columns that mean something, and names that may or may not be meant
-READINGS = ('condition_input_ids,input_ids', 'input_ids', 'text', 'input,output', 'source,target',
-            'input,target', 'source,output', 'document,summary')
+# columns that mean something, and names that may or may not be meant
+READINGS = [reading.split() for reading in (
+    'condition_input_ids input_ids', 'input_ids', 'text', 'input output', 'source target',
+    'input target', 'source output', 'document summary')]
 UNCLEAR = set('instruction prompt completion question answer response chosen'.split())
 END_OF_TEXT = '<|endoftext|>'
 say_once = cache(tqdm.write)        # a file is read up to three times
+
+
+def first_row(paths):
+    """The first row of some files -> where it stands, {column: value}."""
+    return next(chain.from_iterable(map(read_rows, paths)), ('', dict(text='')))
 
 
 def choose_columns(paths):
@@ -235,65 +231,59 @@ def choose_columns(paths):
     What to read of tables, by the names of their columns -> one name, or two of a pair. UserError
     if it can be read in several ways.
     """
-    where, row = next(chain.from_iterable(map(read_rows, paths)), ('', dict(text='')))
-    has = row.keys()
-    readings = [] if UNCLEAR & has else [
-        reading for reading in READINGS if has >= set(reading.split(','))]
-    if 'input_ids' in has and 'text' not in has:    # beside ids stand the pairs that they are of
+    where, row = first_row(paths)
+    readings = [names for names in READINGS if row.keys() >= set(names)]
+    if columns:
+        readings = [columns.split(',')]
+    elif row.keys() & UNCLEAR:
+        readings = []
+    elif 'input_ids' in row and 'text' not in row:      # the texts beside ids are the same
         readings = readings[:1]
-    reading, *others = [columns] if columns else readings or ['']
-    names = tuple(reading.split(','))
-    if others or len(names) > 2 or not has >= set(names):
+    if len(readings) != 1 or len(readings[0]) > 2:
         raise UserError(f"{where} has the columns {', '.join(row)}; say which to read, such as "
                         "--columns=text, or condition and target: --columns=prompt,completion")
+    names, = readings
+    print(f"columns: {', '.join(names)}")
     return names
 
 
-def read_rows(file, names=('',)):
-    """The rows of a file -> (where they stand, for messages; {column: value}, names at least)."""
-    kind = kind_of(file)
+def read_rows(file):
+    """The rows of a file -> (where they stand, for messages; {column: value}); lists are arrays."""
+    kind, done = kind_of(file), 0
     if kind == 'jsonl':
         yield from read_jsonl(file)
-    elif kind == 'txt':
-        for line in read_lines(file):       # a file's last line ends, too
-            yield file, dict(text=line.removesuffix('\n') + '\n')
-    elif kind in ('csv', 'tsv'):
-        yield from read_csv(file, ',' if kind == 'csv' else '\t')
+        return
+    if kind == 'txt':       # its last line ends, too
+        rows = (dict(text=line.removesuffix('\n') + '\n') for line in read_lines(file))
+    elif kind in ('csv', 'tsv'):    # not by pandas, to which "NA" is nothing
+        csv.field_size_limit(1 << 30)
+        separator = ',' if kind == 'csv' else '\t'
+        rows = csv.DictReader(read_lines(file), delimiter=separator, strict=True)
     else:
-        with from_hub("not readable", file):
-            rows = MADE[kind]() if kind in MADE else read_table(file, kind, names)
-            for n, row in enumerate(rows):
-                yield f"{file}, row {n}", row.get('translation') or row
-
-
-def read_csv(file, separator):
-    """
-    The rows of a .csv or .tsv, as read_rows has them. UserError where one would be cut off, or run
-    on into the next line; `datasets` and pandas do so in silence, and take "NA" for nothing.
-    """
-    csv.field_size_limit(1 << 30)
-    rows, before = csv.DictReader(read_lines(file), delimiter=separator, strict=True), 1
+        rows = MADE[kind]() if kind in MADE else read_table(file, kind)
     try:
         for row in rows:
             if None in row:
-                raise csv.Error("more fields than there are names in the first line")
-            yield f"{file}, line {before + 1}", row
-            before = rows.line_num
-    except csv.Error as e:
-        raise UserError(f"{file}, line {before + 1}: {e}; a text with {separator!r} or quotes in "
-                        "it must stand in quotes, each of its own doubled") from None
+                raise ValueError("more fields than names in the first line")
+            yield f"{file}, row {done}", row
+            done += 1
+    except UserError:
+        raise
+    except Exception as e:      # each kind has errors of its own
+        raise UserError(f"{file} is not readable after {done} rows ({one_line(e)}); in .csv and "
+                        ".tsv, a text with separators or quotes in it must stand in quotes, each "
+                        "of its own doubled") from None
 
 
-def read_table(file, kind, names):
-    """The rows of a table as dicts, with these columns if it has them; lists are arrays."""
+def read_table(file, kind):
+    """The rows of a file that `datasets` opens."""
     import datasets
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # errors are one line of ours
     rows = datasets.load_dataset(kind, data_files=glob.escape(file), split='train',
                                  streaming=True)    # the pages of a mapped file are memory
-    if set(names) <= set(rows.features or ()):
-        rows = rows.select_columns(list(names))
     for table in rows.with_format('arrow').iter(1000):
-        yield from table.to_pandas().to_dict('records')
+        for row in table.to_pandas().to_dict('records'):
+            yield row.get('translation') or row
 
 
 def read_values(file, names):
@@ -301,20 +291,16 @@ def read_values(file, names):
     What the columns of a file hold, row for row: texts or arrays of ids. A pair with a blank side
     is left out, aloud.
     """
-    fits = is_ids if 'ids' in names[-1] else is_text
-    for where, row in read_rows(file, names):
+    ids = 'ids' in names[-1]
+    for where, row in read_rows(file):
         values = tuple(row.get(name) for name in names)
-        if not all(map(fits, values)):
-            raise UserError(f"{where} lacks {fits.__name__[3:]} under {' or '.join(names)}: "
+        if not all(is_ids(value) if ids else isinstance(value, str) for value in values):
+            raise UserError(f"{where} lacks {'ids' if ids else 'text'} under {' or '.join(names)}: "
                             f"{str(row)[:100]}")
-        if fits is is_text and len(names) == 2 and not all(map(str.strip, values)):
+        if len(names) == 2 and not ids and not all(map(str.strip, values)):
             say_once(f"{file}: pairs with a blank side are left out")
         else:
             yield values
-
-
-def is_text(value):
-    return isinstance(value, str)
 
 
 def is_ids(value):
@@ -381,13 +367,13 @@ def plain(text):
     if END_OF_TEXT in text:
         say_once(f"{END_OF_TEXT} counts as a line's end; --pack=texts makes rows of the texts")
         text = text.replace(END_OF_TEXT, '\n')
-    if not letters_only:
-        return text
-    text = text.lower()
-    if len(re.findall(r'[^\W\d_a-z]', text)) > len(text) / 100:
-        say_once("WARNING: letters other than a-z are left out, their words broken; "
-                 "--letters_only=false keeps them")
-    return re.sub(r'[^a-z]+', ' ', text)
+    if letters_only:
+        text = text.lower()
+        if len(re.findall(r'[^\W\d_a-z]', text)) > len(text) / 100:
+            say_once("WARNING: letters other than a-z are left out, their words broken; "
+                     "--letters_only=false keeps them")
+        text = re.sub(r'[^a-z]+', ' ', text)
+    return text
 
 # --------------------------------------------------------------------------------------------------
 # items to rows of ids
@@ -425,25 +411,33 @@ def check_pair(text_encoder, tok):
                         " leave out --tokenizer")
 
 
-def encode(texts, tok, **more):
-    """A batch of texts -> ids, on all cores. '</s>' spelled out in a text is no EOS, but text."""
-    return tok(texts, add_special_tokens=False, split_special_tokens=True, verbose=False, **more)
+def encode(texts, tok):
+    """
+    Texts -> their encodings (.ids, .offsets) one after the other, made on all cores. '</s>' spelled
+    out in a text is no EOS, but text.
+    """
+    for batch in batched(texts, 1000):
+        yield from tok(batch, add_special_tokens=False, split_special_tokens=True,
+                       verbose=False).encodings
 
 
-def split_pieces(texts, tok, pack):
-    """Texts -> (ids, is white space) of one of their 'words' or 'paragraphs' after the other."""
-    for batch in batched(texts, 256):
-        if pack == 'paragraphs':        # their newlines included
-            paragraphs = re.findall(r'[^\n]*\n|[^\n]+', ''.join(batch))
-            yield from ((ids, False) for ids in encode(paragraphs, tok)['input_ids'] if ids)
-            continue
-        out = encode(batch, tok, return_offsets_mapping=True)
-        for text, ids, spans in zip(batch, out['input_ids'], out['offset_mapping']):
-            # a word starts where there is white space before or at a token
-            starts = [i for i, (start, _) in enumerate(spans)
-                      if start == 0 or text[start - 1].isspace() or text[start].isspace()]
-            for i, j in zip(starts, starts[1:] + [len(ids)]):
-                yield ids[i:j], text[spans[i][0]:spans[j - 1][1]].isspace()
+def split_words(texts, tok):
+    """Texts -> (ids, is white space) of one word after the other."""
+    texts, again = tee(texts)
+    for text, code in zip(texts, encode(again, tok)):
+        ids, spans = code.ids, code.offsets
+        # a word starts where there is white space before or at a token
+        starts = [i for i, (start, _) in enumerate(spans)
+                  if start == 0 or text[start - 1].isspace() or text[start].isspace()]
+        for i, j in pairwise([*starts, len(ids)]):
+            yield ids[i:j], text[spans[i][0]:spans[j - 1][1]].isspace()
+
+
+def split_paragraphs(texts, tok):
+    """Texts end to end -> (ids, is white space: no) of one paragraph, with its newline, a time."""
+    batches = map(''.join, batched(texts, 256))
+    paragraphs = chain.from_iterable(re.findall(r'.*\n|.+', batch) for batch in batches)
+    return ((code.ids, False) for code in encode(paragraphs, tok))
 
 
 def pack_rows(pieces, max_length, eos):
@@ -471,8 +465,8 @@ def pack_rows(pieces, max_length, eos):
 def cut_rows(texts, tok, max_length):
     """One text a row, closed by EOS; what does not fit into max_length ids is cut off, aloud."""
     cut = 0
-    for batch in batched(texts, 256):
-        for ids in filter(None, encode([text.strip() for text in batch], tok)['input_ids']):
+    for code in encode(map(str.strip, texts), tok):
+        if ids := code.ids:
             yield ids[:max_length - 1] + [tok.eos_token_id]
             cut += len(ids) >= max_length
     if cut:
@@ -483,31 +477,30 @@ def make_rows(items, names, tok, pack, max_length):
     """Items of a split -> (condition ids, target ids) of each row, streamed."""
     eos = tok.eos_token_id
     if 'ids' in names[-1]:
-        yield from (((), *item)[-2:] for item in items)
-    elif len(names) == 2:
-        for batch in batched(items, 1000):
-            ids = encode(list(chain.from_iterable(batch)), tok)['input_ids']
-            rows = [row + [eos] for row in ids]
-            yield from zip(rows[::2], rows[1::2])
+        return (((), *item)[-2:] for item in items)
+    if len(names) == 2:
+        sides = (code.ids + [eos] for code in encode(chain.from_iterable(items), tok))
+        return zip(sides, sides)        # a condition, then its target
+    if pack in ('texts', 'lines'):
+        rows = cut_rows(items, tok, max_length)
     else:
-        rows = (cut_rows(items, tok, max_length) if pack in ('texts', 'lines') else
-                pack_rows(split_pieces(items, tok, pack), max_length, eos))
-        yield from (((), row) for row in rows)
+        split = split_words if pack == 'words' else split_paragraphs
+        rows = pack_rows(split(items, tok), max_length, eos)
+    return (((), row) for row in rows)
 
 
 def write_references(folder, files, names, tok):
     """val.jsonl: the texts of the validation pairs, for samples, BLEU and ROUGE."""
-    texts = ('input', 'target')
-    rows = chain.from_iterable(map(read_rows, files['val'] or files['train']))
-    if 'ids' not in names[-1]:
-        pairs = read_split(files, names, 'val')
-    elif next(rows)[1].keys() >= set(texts):
+    texts = ('input', 'target') if 'ids' in names[-1] else names
+    _, row = first_row(files['val'] or files['train'])
+    if row.keys() >= set(texts):
         pairs = read_split(files, texts, 'val')
     else:
         print("val.jsonl: the set has no texts, so what its tokenizer makes of the ids")
         pairs = (tok.batch_decode(pair, skip_special_tokens=True)
                  for pair in read_split(files, names, 'val'))
-    write_jsonl(os.path.join(folder, 'val.jsonl'), (dict(zip(texts, pair)) for pair in pairs))
+    rows = (dict(input=condition, target=target) for condition, target in pairs)
+    write_jsonl(os.path.join(folder, 'val.jsonl'), rows)
 
 # --------------------------------------------------------------------------------------------------
 # encoder
@@ -571,22 +564,19 @@ def check():
         raise UserError(f"name={name!r}: must be one folder's name, without slashes; "
                         "--data_dir says where")
     finish_swap(data_dir, name)
-    final = os.path.join(data_dir, name)
-    if os.path.isdir(final) and os.listdir(final) and 'meta.json' not in os.listdir(final):
-        raise UserError(f"{final} is there already and holds no bins (no meta.json); "
-                        "choose another --name")
-    if os.path.islink(final):
-        raise UserError(f"{final} is a link, which the set would replace; make {data_dir} itself "
-                        "a link, or name the place by --data_dir and --name")
+    final = Path(data_dir, name)
+    if final.is_symlink() or final.exists() and not (final / 'meta.json').exists():
+        raise UserError(f"{final} is there already, and is a link or holds no bins (no meta.json); "
+                        "choose another --name or --data_dir")
 
 
 def swap_in(folder):
     """Put the new set in the place of the old; finish_swap mends what a kill in between leaves."""
-    final, old = os.path.join(data_dir, name), os.path.join(data_dir, f'.{name}.old')
-    if os.path.isdir(final):
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(final, old)
-    os.replace(folder, final)
+    final, old = Path(data_dir, name), Path(data_dir, f'.{name}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    folder.rename(final)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -604,37 +594,39 @@ def show(meta, tok, asked):
     known = asked == name in CONFIGS
     kind = 0 if not encoder else 1 if encoder == 't5-small' else 2
     config = CONFIGS[name] if known else CONFIGS_OF_OWN[meta['conditional']][kind]
-    own = (f" --dataset={shlex.quote(name)} --out_dir={shlex.quote('out/' + name)} "
-           f"--max_length={meta['max_length']} "
-           f"--max_input_length={np.diff(index).max()}") * (not known)
-    print(f"next: python train.py config/{config}.py{own}")
+    command = ['python', 'train.py', f'config/{config}.py']
+    if not known:
+        command += [f'--dataset={name}', f'--out_dir=out/{name}',
+                    f"--max_length={meta['max_length']}",
+                    f'--max_input_length={np.diff(index).max()}']
+    print('next: ' + shlex.join(command))
 
 
 if __name__ == '__main__':
     given = set()
     settings = configure(globals(), given=given)
-    name = name or os.path.splitext(os.path.basename(dataset.rstrip('/')))[0].removesuffix('-raw')
+    name = name or Path(dataset).stem.removesuffix('-raw')
     asked = dataset
-    globals().update({key: value for key, value in KNOWN.get(asked, {}).items()
-                      if key == 'dataset' or key not in given})
+    for key, value in KNOWN.get(asked, {}).items():
+        if key == 'dataset' or key not in given:
+            globals()[key] = value
     check()
     files, names = load_source()
     letters_only = letters_only and len(names) == 1
 
     # in a folder of another name until all is there; not by its pid: many containers have the same
-    folder = os.path.join(data_dir, f'.{name}.tmp-{time.time_ns()}')
+    folder = Path(data_dir, f'.{name}.tmp-{time.time_ns()}')
     try:
-        os.makedirs(folder)
+        folder.mkdir(parents=True)
         meta, tok = make_set(folder, files, names, {key: globals()[key] for key in settings})
         # also of our own tokenizer and encoder: a resume sees if one was made anew
-        meta['checksums'] = {file: sha256(os.path.join(folder, file)) for file in CHECKED
-                             if os.path.exists(os.path.join(folder, file))}
-        with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
-            json.dump(meta, f, indent=1)
+        meta['checksums'] = {file: sha256(folder / file) for file in CHECKED
+                             if (folder / file).exists()}
+        (folder / 'meta.json').write_text(json.dumps(meta, indent=1))
         swap_in(folder)
     except OSError as e:
-        raise UserError(f"could not write {os.path.join(data_dir, name)}: {e.strerror or e}; "
-                        "what was there before is intact") from None
+        raise UserError(f"could not write {data_dir}/{name}: {e}; what was there before is intact"
+                        ) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     show(open_bins(data_dir, name), tok, asked)

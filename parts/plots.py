@@ -2,6 +2,7 @@
 import json
 import os
 
+import numpy as np
 from pandas import DataFrame
 
 # of a sweep: the first two that there are, y and x. Quality over diversity: a judge is pleased by
@@ -45,6 +46,26 @@ def plot_losses(out_dir):
     fig.savefig(os.path.join(out_dir, 'loss.png'), dpi=120)
 
 
+def at_equal_entropy(rows, real):
+    """
+    A sampler buys a judge's praise with entropy, so models are compared where theirs is that of
+    real text (its row): of each model and number of steps, the judge's number there, interpolated
+    between the points to both sides -> {label: text}, empty without a judge.
+    """
+    y, x = [key for key in AXES if key in real][:2]
+    if y not in ('nats_per_char', 'gen_ppl'):
+        return {}
+    found = {}
+    points = DataFrame(rows).dropna(subset=[x, y]).sort_values(x)
+    for (source, steps), line in points.groupby(['source', 'steps'], sort=False):
+        low, high = line[x].iloc[[0, -1]]
+        number = f"{np.interp(real[x], line[x], line[y]):#.4g}"
+        if not low <= real[x] <= high:
+            number = f"not reached, {low:#.4g} to {high:#.4g}"
+        found[f"{source}, {steps} steps"] = number
+    return found
+
+
 def label(row, names):
     """What tells a row from others, the settings with these names, or 'samples' if nothing does."""
     return ' '.join(f'{name}={row[name]}' for name in names) or 'samples'
@@ -69,6 +90,7 @@ def plot_sweep(file, rows, real, names):
     for text, *at in zip(points[last], points[x], points[y]):
         axis.annotate(text, at, (4, 4), textcoords='offset points')
     if real:
+        axis.axvline(real[x], color='gold')
         axis.plot(real[x], real[y], '*', markersize=16, color='gold', label='real text')
     axis.set(xlabel=AXES[x], ylabel=AXES[y], title=f"beside the points: {last}")
     axis.grid(alpha=0.3)

@@ -9,6 +9,7 @@ import random
 import re
 import string
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,12 +25,10 @@ def docstrings():
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     # a distribution may leave some out, or put its own packages beside
     skipped = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'lib2to3'}
-    for at, folders, files in os.walk(os.path.dirname(os.__file__)):
-        folders[:] = sorted(set(folders) - skipped)
-        for file in sorted(file for file in files if file.endswith('.py')):
-            with open(os.path.join(at, file), 'rb') as f:
-                tree = ast.parse(f.read())
-            for node in ast.walk(tree):
+    library = Path(os.__file__).parent
+    for file in sorted(library.rglob('*.py'), key=lambda file: (file.parent.parts, file.name)):
+        if skipped.isdisjoint(file.relative_to(library).parts):
+            for node in ast.walk(ast.parse(file.read_bytes())):
                 if isinstance(node, documented):
                     yield ast.get_docstring(node) or ''
 
@@ -68,10 +67,10 @@ def in_words(n):
     return TENS[n // 10 - 2] + (f'-{BELOW_20[n % 10]}' if n % 10 else '')
 
 
-def numbers(back=False):
+def numbers():
     """
-    Rows of a number below a million in digits and in words, or back: 100 to train on, then one that
-    is held out, a thousand times. The former have as many digits as the largest of three dice, and
+    Rows of a number below a million in digits and in words: 100 to train on, then one that is held
+    out, a thousand times. The former have as many digits as the largest of three dice, and
     in one of four half the digits are zeros, so that short and round numbers are known, too.
     """
     rng = random.Random(0)
@@ -85,8 +84,7 @@ def numbers(back=False):
             digits = '0123456789' if len(drawn) % 4 else '000000000123456789'
             drawn += {int(''.join(rng.choices(digits, k=length)))} - unseen
         for n in (*drawn, last):
-            texts = (in_words(n), str(n)) if back else (str(n), in_words(n))
-            yield dict(zip(('input', 'target'), texts))
+            yield dict(input=str(n), target=in_words(n))
 
 # -------------------------------------------------------------------------------------------------
 # tokens
@@ -162,7 +160,7 @@ def save_encoder(path, meta, dim, layers, seed):
     from transformers import T5Config, T5EncoderModel
     from transformers.utils import logging
     logging.disable_progress_bar()
-    config = T5Config(vocab_size=meta['vocab_size'], d_model=dim, d_kv=max(1, dim // 4),
+    config = T5Config(vocab_size=meta['vocab_size'], d_model=dim, d_kv=dim // 4,
                       d_ff=2 * dim, num_layers=layers, num_heads=4)
     torch.manual_seed(seed)
     model = T5EncoderModel(config)

@@ -9,7 +9,6 @@ import random
 import shutil
 import subprocess
 import sys
-from itertools import islice
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from configurator import UserError
 from model import ELFConfig, TextEncoder
 from parts.data import get_rows, open_bins, open_split, read_row, sha256
 from parts.prompt import unknown_in
-from parts.toy import in_words, neighbour_vectors, numbers, pydocs, train_tokenizer
+from parts.toy import in_words, neighbour_vectors, pydocs, train_tokenizer
 
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared', 'data')
 DE_EN = os.path.join(SHARED, 'wmt14_de-en_validation_t5')
@@ -363,7 +362,7 @@ def test_published_layout_every_id_survives(make, tmp_path, tok):
     save_published(tmp_path / 'plain', 40, condition_input_ids=None, input=None, target=None)
     meta = make(tmp_path / 'plain', *tok)
     assert not meta['conditional'] and not os.path.exists(os.path.join(meta['dir'], 'val.jsonl'))
-    with pytest.raises(UserError, match='must be alike'):
+    with pytest.raises(UserError, match='lacks ids under condition_input_ids or input_ids'):
         make(tmp_path / 'set', f'--val_dataset={tmp_path / "plain"}', *tok)
     with pytest.raises(UserError, match='name the tokenizer'):
         make(tmp_path / 'set')
@@ -445,7 +444,7 @@ def test_what_is_no_source(make, tmp_path, tok):
     (tmp_path / 'cut' / arrow).write_bytes((tmp_path / 'set' / arrow).read_bytes()[:700])
     (tmp_path / 'noise' / 'a.parquet').write_bytes(b'PAR1' + bytes(range(200)))
     for source, says in ((tmp_path / 'cut', 'not readable|no data|cut'),
-                         (tmp_path / 'empty', 'nothing to train on'),
+                         (tmp_path / 'empty', 'has no file of parquet'),
                          (tmp_path / 'noise', 'not readable'),
                          (tmp_path / 'none', 'offline|hub'), ('./none', 'no file or folder here')):
         with pytest.raises(UserError, match=says) as e:
@@ -556,7 +555,7 @@ def test_licences_and_hidden_files_are_no_corpus(make, tmp_path, tok):
     assert words_of(meta, 'train') | words_of(meta, 'val') == set(TRAIN.split())
     for name in noise:
         write(tmp_path / 'legal' / name, TEST * 900)
-    with pytest.raises(UserError, match='nothing to train on'):
+    with pytest.raises(UserError, match='has no file of'):
         make(tmp_path / 'legal', *tok)
 
 
@@ -565,7 +564,7 @@ def test_folders_of_mixed_kinds_are_refused(make, tmp_path, tok):
     write(tmp_path / 'a' / 'more.txt', TRAIN * 900)
     write(tmp_path / 'b' / 'more.txt', TRAIN * 900)
     write(tmp_path / 'b' / 'pairs.jsonl', [AB] * 60)
-    for name, says in (('a', 'has parquet and txt'), ('b', 'has jsonl and txt')):
+    for name, says in (('a', 'has .*parquet and .*txt'), ('b', 'has .*jsonl and .*txt')):
         with pytest.raises(UserError, match=says):
             make(tmp_path / name, *tok)
     assert nothing_made(tmp_path)
@@ -595,13 +594,13 @@ def test_every_kind_of_file_gives_the_same_bins(make, tmp_path, name):
 
 
 @pytest.mark.parametrize('name, content, says', [
-    ('x.csv', 'text\na, b\n', 'line 2: more fields than there are names'),
-    ('x.csv', 'text\na\nb, c\n', 'line 3: more fields'),
-    ('x.tsv', 'input\toutput\n"a\tb\nc\td\n"e\tf\n', 'line 2: .* expected after'),
-    ('x.tsv', 'input\toutput\na\tb\n"c\td\ne\tf\n', 'line 3: unexpected end of data')])
+    ('x.csv', 'text\na, b\n', 'after 0 rows .*more fields than names'),
+    ('x.csv', 'text\na\nb, c\n', 'after 1 rows .*more fields'),
+    ('x.tsv', 'input\toutput\n"a\tb\nc\td\n"e\tf\n', 'after 0 rows .* expected after'),
+    ('x.tsv', 'input\toutput\na\tb\n"c\td\ne\tf\n', 'after 1 rows .*unexpected end of data')])
 def test_texts_with_the_signs_of_the_table(make, tmp_path, tok, name, content, says):
     """Else the text ends at its comma, or a quote takes the lines up to the next one with it."""
-    with pytest.raises(UserError, match=says + '.*; a text with .* must stand in quotes'):
+    with pytest.raises(UserError, match=says + '.* must stand in quotes'):
         make(write(tmp_path / name, content), *tok)
     assert nothing_made(tmp_path)
 
@@ -630,7 +629,7 @@ def test_texts_in_other_letters_are_said_to_be_broken(make, tmp_path, tok):
 
 @pytest.mark.parametrize('name', ['x.zip', 'x.docx'])
 def test_a_file_of_no_kind_is_no_folder(make, tmp_path, tok, name):
-    with pytest.raises(UserError, match=f'cannot read .*{name}: a file must be one of parquet'):
+    with pytest.raises(UserError, match=f'{name} has no file of parquet'):
         make(write(tmp_path / name, 'PK'), *tok)
 
 
@@ -640,7 +639,7 @@ def test_a_set_that_is_a_link(make, tmp_path, tok, text):
     (tmp_path / 'disk').mkdir()
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data' / 'x').symlink_to(tmp_path / 'disk')
-    with pytest.raises(UserError, match='is a link, which the set would replace'):
+    with pytest.raises(UserError, match='is a link or holds no bins'):
         make(tmp_path / 'x.txt', *tok)
     make(tmp_path / 'x.txt', *tok, f'--data_dir={tmp_path}/data', '--name=y')
     (tmp_path / 'data').rename(tmp_path / 'disk' / 'sets')
@@ -657,7 +656,7 @@ def test_what_another_container_with_this_pid_left(make, tmp_path, tok, text):
 
 def test_the_next_command_can_be_pasted(make, tmp_path, tok, text):
     make(write(tmp_path / 'my book.txt', text), *tok)
-    assert "--dataset='my book' --out_dir='out/my book' --max_length" in make.out
+    assert "'--dataset=my book' '--out_dir=out/my book' --max_length" in make.out
 
 
 @pytest.mark.parametrize('name', ['a.txt.gz', 'a.txt.xz'])
@@ -741,8 +740,10 @@ def test_tables_that_can_be_read_in_several_ways(make, tmp_path, tok, names, cho
     want = [rows[0][name] for name in chosen.split(',')]
     assert len(row) == len(want)
     assert all(code.decode(ids[:-1]).startswith(text) for ids, text in zip(row, want))
-    with pytest.raises(UserError, match='has the columns .* say which'):
+    with pytest.raises(UserError, match='lacks text under nothing: .*' + names[0]):
         make(file, '--columns=nothing', *tok)
+    with pytest.raises(UserError, match='has the columns .* say which'):
+        make(file, '--columns=a,b,c', *tok)
 
 
 def test_text_beside_metadata_is_text(make, tmp_path, tok):
@@ -808,9 +809,9 @@ def test_other_forms_of_cards(make, tmp_path, tok, configs, args):
 def test_one_folder_per_language(make, tmp_path, tok):
     for name, content in (('de/a', TRAIN), ('en/a', VAL)):
         save_text(tmp_path / 'set' / name, 'txt', content)
-    with pytest.raises(UserError, match='has .*/de and .*/en; choose a folder by --subset'):
+    with pytest.raises(UserError, match='has .*/de/.*txt and .*/en/.*txt; choose a folder'):
         make(tmp_path / 'set', *tok)
-    with pytest.raises(UserError, match="has no 'fr'; it has .*en"):
+    with pytest.raises(UserError, match="subset='fr'; it has .*en"):
         make(tmp_path / 'set', '--subset=fr', *tok)
     assert words_of(make(tmp_path / 'set', '--subset=en', *tok), 'train') == set(VAL.split())
     both = make(tmp_path / 'set', '--subset=.', *tok)
@@ -895,11 +896,6 @@ def test_numbers(make):
             ids = code(text, add_special_tokens=False)['input_ids']
             assert code.decode(ids) == text and code.unk_token_id not in ids
         assert code.tokenize(row['input']) == list(row['input'])
-
-
-def test_numbers_back():
-    for there, back in islice(zip(numbers(), numbers(back=True)), 1000):
-        assert back == dict(input=there['target'], target=there['input'])
 
 
 def test_the_hint_for_own_pairs_runs(make, run, tmp_path, monkeypatch):
