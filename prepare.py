@@ -4,7 +4,7 @@ Text to tokenised, memory-mapped bins: data/<name>/, see parts/data.py.
     python prepare.py                               # the embedded demo corpus: seconds, no download
     python prepare.py --dataset=numbers             # a task made on the spot: 4071 -> in words
     python prepare.py --dataset=my.txt --letters_only=false --max_length=64
-    python prepare.py --dataset=pairs.jsonl --tokenizer=t5-small --encoder=t5-small
+    python prepare.py --dataset=pairs.jsonl --encoder=t5-small      # or any other of the hub
     python prepare.py --dataset=openwebtext         # the published ids, from the hub
     python prepare.py --dataset=openwebtext-raw     # the texts themselves, tokenised here
     python prepare.py --dataset=tinystories         # more names: KNOWN, below
