@@ -46,7 +46,8 @@ from parts.device import (autocast, compile_in_place, gather, pack_linears, prin
 from parts.metrics import (bleu, entropy, exact_match, find_targets, gen_ppl,  # noqa: F401
                            make_judges, mean, measure, over_runs, print_table, rouge)
 from parts.plots import at_equal_entropy, label, plot_losses, plot_sweep, read_rows  # noqa: F401
-from sample import CHOICES, load_model, resolve_sampling, sample_texts  # noqa: F401, for configure
+from sample import (AT_LEAST_1, CHOICES, load_model, resolve_sampling,  # noqa: F401, for configure
+                    sample_texts)
 
 # --------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); texts and metrics.jsonl go here
@@ -80,8 +81,9 @@ dtype = 'auto'              # of sampling: 'float32' or 'bfloat16'; the judge is
 compile = False             # torch.compile the network: a minute first, then faster
 # --------------------------------------------------------------------------------------------------
 
-AT_LEAST_1 = ('num_samples', 'batch_size', 'steps')
 SWEPT = ('init_from', 'steps', 'sampler', 'gamma', 'w', 'cfg', 'grid')
+# texts that exist are scored as they are
+READ_WITH = dict.fromkeys(('sweep', 'num_samples', 'seeds', 'compile', *SWEPT), 'samples=')
 
 # --------------------------------------------------------------------------------------------------
 # during training: the validation loss, a few texts
@@ -148,14 +150,13 @@ def read_samples(file, input_file='', meta=None):
     if meta:
         encode = partial(load_tokenizer(meta['tokenizer']).encode, add_special_tokens=False)
     if input_file:
-        given = find_targets(read_inputs(input_file))
-        targets = {str(i): target for i, target in enumerate(given)}
+        targets = dict(enumerate(find_targets(read_inputs(input_file))))
     for where, row in read_jsonl(file):
         text = row.get('generated', row.get('text'))
         if not isinstance(text, str):
             raise UserError(f"{where} needs a text under 'generated' or 'text'")
         if input_file:
-            row['target'] = targets.get(str(row.get('id', len(rows))))
+            row['target'] = targets.get(row.get('id', len(rows)))
         rows.append(row | dict(generated=text, ids=encode(text)))
     if not rows:
         raise UserError(f"{file} has no texts")
@@ -201,13 +202,10 @@ def sample_set(model, encoder, conditions, n, sampling, seed, batch_size, file):
 
 
 def add_lines(file, rows, mode='a'):
-    """Rows, without their ids, to a file of JSON lines. UserError if it cannot be written."""
-    try:
-        with open(file, mode, encoding='utf-8') as f:
-            for row in rows:
-                f.write(to_json({k: v for k, v in row.items() if k != 'ids'}) + '\n')
-    except OSError as e:
-        raise UserError(f"cannot write {file}: {e.strerror}") from None
+    """Rows, without their ids, to a file of JSON lines."""
+    with open(file, mode, encoding='utf-8') as f:
+        for row in rows:
+            f.write(to_json({k: v for k, v in row.items() if k != 'ids'}) + '\n')
 
 # --------------------------------------------------------------------------------------------------
 # the lines of the table: one setting of the sampler, or several
@@ -238,7 +236,7 @@ def open_model(init_from, meta, config, device, bf16):
     if meta:
         check_vocabulary(meta, c, source)
     if meta.get('conditional'):
-        file = file or os.path.join(meta['dir'], 'val.jsonl')
+        file = file or f"{meta['dir']}/val.jsonl"
     if bool(c.max_input_length) != bool(file):
         raise UserError(f"{source} is a model {'with' if c.max_input_length else 'without'} "
                         "conditions; --dataset or --input_file must fit it")
@@ -252,11 +250,7 @@ def open_model(init_from, meta, config, device, bf16):
 
 
 if __name__ == '__main__':
-    given = set()
-    config = configure(globals(), given=given)
-    unread = given & {'sweep', 'num_samples', 'seeds', 'compile', *SWEPT}
-    if samples and unread:
-        raise UserError(f"--samples are scored as they are; drop {', '.join(sorted(unread))}")
+    config = configure(globals())
     seeds = [check_value(globals(), 'seed', s, '--seeds') for s in seeds.split(',') if s] or [seed]
     device, bf16, about = start(device, dtype)
     rank, world = rank_and_world()
@@ -287,7 +281,7 @@ if __name__ == '__main__':
         # a million tokens are enough
         n = 1 + 1_000_000 * meta['rows']['train'] // meta['tokens']['train']
         train = list(read_split(meta, 'train', n))
-    log = os.path.join(out_dir, 'sweep.jsonl' if sweep else 'metrics.jsonl')
+    log = f"{out_dir}/{'sweep' if sweep else 'metrics'}.jsonl"
     if rank == 0:
         judges = make_judges(judge, gpt2, train, device)
         make_out_dir(out_dir)
@@ -296,12 +290,11 @@ if __name__ == '__main__':
     print0(f"device: {about}, ranks: {world}; judge: {judge}")
 
     # ---- the texts: each rank samples its share, the first one measures --------------------------
-    beside, rows = {}, []       # what a plain evaluation says besides
+    rows, beside = [], {}       # what a plain evaluation says besides
     if models and meta and eval_iters and not sweep:
         with autocast(device, bf16):
-            val = estimate_loss(model, encoder, meta, eval_iters, batch_size, device)
-        print0(describe_val(val))
-        beside['val'] = val
+            beside['val'] = estimate_loss(model, encoder, meta, eval_iters, batch_size, device)
+        print0(describe_val(beside['val']))
     for entry in plan:
         row = config | dict(sweep='', judge=judge) | entry
         done = [old for old in known if row.items() <= old.items()]
@@ -310,8 +303,8 @@ if __name__ == '__main__':
             sampling = {k: row[k] for k in SWEPT[1:]}
             for s in seeds if models else []:
                 print0(f'sampling with seed {s}:', sampling)
-                name = 'samples_eval' + f'_{s}' * (len(seeds) > 1) + '.jsonl'
-                file = '' if sweep else os.path.join(out_dir, name)
+                number = f'_{s}' if len(seeds) > 1 else ''
+                file = '' if sweep else f'{out_dir}/samples_eval{number}.jsonl'
                 with autocast(device, bf16):
                     runs.append(sample_set(*models[row['source']], num_samples, sampling, s,
                                            batch_size, file))
@@ -328,11 +321,11 @@ if __name__ == '__main__':
     real_row = dict(real=measure(real, limit, judges)) if real else {}
     names = [k for k in ('source', *SWEPT[1:]) if len({row[k] for row in rows}) > 1]
     print_table({label(row, names): row for row in rows} | real_row)
-    if sweep and real:
-        for name, number in at_equal_entropy(rows, real_row['real']).items():
-            print(f"the judge at the entropy of real text: {name}: {number}")
+    if sweep and real and judge != 'none':
+        print("the judge's number at the entropy of real text (blank: not reached)")
+        print_table(at_equal_entropy(rows, real_row['real']))
     if sweep:
-        plot_sweep(os.path.join(out_dir, 'sweep.png'), rows, real_row.get('real'), names)
+        plot_sweep(f'{out_dir}/sweep.png', rows, real_row.get('real'), names)
         print(f"{log}, sweep.png")
     else:
         report = rows[0] | beside | real_row
