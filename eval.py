@@ -11,15 +11,17 @@ How good are the texts? Sample a checkpoint, or take a file of texts, and measur
 Read the columns together: repetition lowers the perplexity of a judge, and entropy and distinct_4
 with it.
 
-    nats_per_char, nats_per_token   of each, by n-grams of training text: 5 characters, 3 tokens
+    exact +-                        share of texts equal to their target, its standard error
+    length, first_wrong             of the others: share with another number of words; which word
+                                    is their first wrong one, the median
+    bleu, rouge1, rouge2, rougeL    of other scripts than a to z by words, or by characters where
+                                    no spaces are; rouge2 of texts of one word is 0
+    nats/char, nats/token           by n-grams of training text: 5 characters, 3 tokens
     gen_ppl                         perplexity of the texts for a causal LM, the judge
     entropy, distinct_4_judge       of the judge's tokens (GPT-2's): of a text, nats; share of
                                     different ones among all 4-grams
     entropy_own, distinct_4         the same of the tokens of the model or dataset, else of words
     repetition                      share of the 5-grams that their text holds three times or more
-    bleu, rouge1, rouge2, rougeL    of other scripts than a to z by words, or by characters where
-                                    no spaces are; rouge2 of texts of one word is 0
-    exact, exact_stderr             share of texts equal to their target, its standard error
     empty                           texts that are blank
 """
 from configurator import UserError, check_value, configure      # before torch: see there
@@ -225,28 +227,21 @@ def combinations(text, settings):
     return list(itertools.product(*values.values()))
 
 
-def open_model(init_from, meta, config, device, bf16):
-    """
-    -> model, its text encoder if it may be needed, what it gets: dicts with 'input' and perhaps
-    'target', none if it is a model without conditions. UserError if it does not fit.
-    """
-    source, file = init_from or config['out_dir'], config['input_file']
+def open_model(init_from, meta, conditions, config, device, bf16):
+    """-> model, its text encoder if it may be needed. UserError if it does not fit the data."""
+    source = init_from or config['out_dir']
     model = load_model(init_from, config['out_dir']).to(device)
-    c, encoder, conditions = model.config, None, []
+    c, encoder = model.config, None
     if meta:
         check_vocabulary(meta, c, source)
-    if meta.get('conditional'):
-        file = file or f"{meta['dir']}/val.jsonl"
-    if bool(c.max_input_length) != bool(file):
+    if bool(c.max_input_length) != bool(conditions):
         raise UserError(f"{source} is a model {'with' if c.max_input_length else 'without'} "
                         "conditions; --dataset or --input_file must fit it")
-    if file:
-        conditions = read_inputs(file)[:config['num_samples']]
-    if file or meta:
+    if meta or conditions:
         encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
     if not config['compile'] or not compile_in_place(model, device=device):
         pack_linears(model, bf16)
-    return model, encoder, conditions
+    return model, encoder
 
 
 if __name__ == '__main__':
@@ -257,18 +252,21 @@ if __name__ == '__main__':
 
     # ---- what is missing or wrong shows here, before the sampling; nothing is written yet --------
     meta = open_bins(data_dir, dataset) if dataset else {}
-    models, plan, real = {}, [], []
+    texts, models, plan, real = [], {}, [], []
     if samples:
-        plan, texts = [dict(source=samples)], read_samples(samples, input_file, meta)
+        plan, texts = [(samples, None, {})], read_samples(samples, input_file, meta)
     else:
+        if meta.get('conditional') and not input_file:
+            input_file = f"{meta['dir']}/val.jsonl"
+        if input_file:
+            texts = read_inputs(input_file)[:num_samples]
         for init_from, *settings in combinations(sweep, config):
             source = init_from or out_dir
             if source not in models:
-                models[source] = open_model(init_from, meta, config, device, bf16)
-            sampling = resolve_sampling(models[source][0].config, *settings)
+                models[source] = open_model(init_from, meta, texts, config, device, bf16)
             weights = os.path.getmtime(find_checkpoint(source))
-            plan.append(dict(source=source, weights=weights, **sampling))
-        model, encoder, texts = models[plan[0]['source']]
+            sampling = resolve_sampling(models[source][0].config, *settings)
+            plan.append((source, weights, sampling))
     if judge == 'auto':
         judge = 'none' if find_targets(texts) else 'gpt2-large'
     if meta and not meta.get('conditional'):
@@ -293,20 +291,19 @@ if __name__ == '__main__':
     rows, beside = [], {}       # what a plain evaluation says besides
     if models and meta and eval_iters and not sweep:
         with autocast(device, bf16):
-            beside['val'] = estimate_loss(model, encoder, meta, eval_iters, batch_size, device)
+            beside['val'] = estimate_loss(*models[source], meta, eval_iters, batch_size, device)
         print0(describe_val(beside['val']))
-    for entry in plan:
-        row = config | dict(sweep='', judge=judge) | entry
+    for source, weights, sampling in plan:
+        row = config | dict(sweep='', judge=judge, source=source, weights=weights) | sampling
         done = [old for old in known if row.items() <= old.items()]
         if not done:
             runs = []
-            sampling = {k: row[k] for k in SWEPT[1:]}
             for s in seeds if models else []:
                 print0(f'sampling with seed {s}:', sampling)
                 number = f'_{s}' if len(seeds) > 1 else ''
                 file = '' if sweep else f'{out_dir}/samples_eval{number}.jsonl'
                 with autocast(device, bf16):
-                    runs.append(sample_set(*models[row['source']], num_samples, sampling, s,
+                    runs.append(sample_set(*models[source], texts, num_samples, sampling, s,
                                            batch_size, file))
             if rank == 0:
                 row |= over_runs([measure(run, limit, judges) for run in runs or [texts]])

@@ -287,6 +287,7 @@ def measure(rows, limit, judges):
 COLUMNS = ('exact exact_stderr length first_wrong bleu rouge1 rouge2 rougeL '
            'nats_per_char nats_per_token gen_ppl entropy distinct_4_judge entropy_own distinct_4 '
            'repetition empty').split()
+SHORT = dict(exact_stderr='+-', nats_per_char='nats/char', nats_per_token='nats/token')
 
 
 def print_table(results):
@@ -301,7 +302,7 @@ def print_table(results):
             lines[name + ' +-'] = row['stderr']
     # object: whole numbers stay whole
     table = DataFrame.from_dict(lines, orient='index', columns=COLUMNS, dtype=object)
-    table = table.dropna(axis='columns', how='all')
+    table = table.dropna(axis='columns', how='all').rename(columns=SHORT)
     print(f"\n{table.to_string(float_format='{:#.4g}'.format, na_rep='', line_width=100)}\n")
 
 

@@ -136,7 +136,7 @@ def test_exact():
 
 
 def test_table_leaves_empty_columns_out_and_fits_a_terminal(capsys):
-    row = dict(texts=9, steps=4, nats_per_char=0.5, nats_per_token=0.25, entropy_own=2.0,
+    row = dict(texts=9, steps=4, gen_ppl=0.5, entropy=0.25, entropy_own=2.0,
                distinct_4=0.5, repetition=0.5, bleu=None, empty=3)
     print_table({'samples': row, 'real': {'empty': 0}})
     head, samples, real = capsys.readouterr().out.strip('\n').split('\n')
