@@ -73,8 +73,8 @@ sweep = ''                  # values of these six and of init_from: all combinat
                             # sweep.jsonl and sweep.png in out_dir, without validation loss
 judge = 'auto'              # causal LM (folder or hub id), 'ngram' (no download), 'none';
                             # 'auto' = gpt2-large, none if there are targets
-gpt2 = ''                   # GPT-2's encoder files (folder or hub id): entropy and distinct-4 in
-                            # its tokens, where no GPT-2 is the judge
+gpt2 = ''                   # GPT-2's merges.txt and vocab.json (folder or hub id): entropy and
+                            # distinct-4 in its tokens, where no GPT-2 is the judge
 eval_iters = 10             # batches of the validation loss, 0 = none
 seed = 1337                 # text i depends on (seed, i) alone
 seeds = ''                  # several, such as 42,123,456: mean and standard error over them
@@ -133,10 +133,10 @@ def describe_val(val):
 
 def write_few(model, encoder, meta, file, seed):
     """Four texts of a model in training to a JSONL file; the first of them shown."""
-    c, conditions = model.config, []
-    if c.max_input_length:      # of the bins, as there may be no val.jsonl
+    conditions, sampling = [], resolve_sampling(model.config)
+    if model.config.max_input_length:       # of the bins, as there may be no val.jsonl
         conditions = list(itertools.islice(read_split(meta, 'val'), 4))
-    rows = sample_set(model, encoder, conditions, 4, resolve_sampling(c), seed, 4, file)
+    rows = sample_set(model, encoder, conditions, 4, sampling, seed, 4, file)
     print0(f"{file} | {printable(rows[0]['generated'])[:120]}")
 
 # --------------------------------------------------------------------------------------------------
@@ -307,7 +307,8 @@ if __name__ == '__main__':
                                            batch_size, file))
             if rank == 0:
                 row |= over_runs([measure(run, limit, judges) for run in runs or [texts]])
-                add_lines(log, [row] if sweep else [])
+                if sweep:
+                    add_lines(log, [row])
         rows += done[:1] or [row]
     if world > 1:
         dist.destroy_process_group()
