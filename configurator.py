@@ -122,8 +122,8 @@ def configure(g, argv=None, given=None):
     changed = {name: f"{name}={g[name]!r}" for name, (default, _) in settings.items()
                if g[name] != default}
     for name, reader in g.get('READ_WITH', {}).items():
-        other, _, value = reader.partition('=')
-        if name in changed and (g[other] != value if value else not g[other]):
+        other, equals, value = reader.partition('=')
+        if name in changed and (g[other] != value if equals else not g[other]):
             raise UserError(f"{changed[name]} is read only with {reader}; "
                             f"leave it at {settings[name][0]!r}")
     if changed and rank_and_world()[0] == 0:

@@ -11,15 +11,17 @@ How good are the texts? Sample a checkpoint, or take a file of texts, and measur
 Read the columns together: repetition lowers the perplexity of a judge, and entropy and distinct_4
 with it.
 
-    nats_per_char, nats_per_token   of each, by n-grams of training text: 5 characters, 3 tokens
+    exact +-                        share of texts equal to their target, its standard error
+    length, first_wrong             of the others: share with another number of words; which word
+                                    is their first wrong one, the median
+    bleu, rouge1, rouge2, rougeL    of other scripts than a to z by words, or by characters where
+                                    no spaces are; rouge2 of texts of one word is 0
+    nats/char, nats/token           by n-grams of training text: 5 characters, 3 tokens
     gen_ppl                         perplexity of the texts for a causal LM, the judge
     entropy, distinct_4_judge       of the judge's tokens (GPT-2's): of a text, nats; share of
                                     different ones among all 4-grams
     entropy_own, distinct_4         the same of the tokens of the model or dataset, else of words
     repetition                      share of the 5-grams that their text holds three times or more
-    bleu, rouge1, rouge2, rougeL    of other scripts than a to z by words, or by characters where
-                                    no spaces are; rouge2 of texts of one word is 0
-    exact, exact_stderr             share of texts equal to their target, its standard error
     empty                           texts that are blank
 """
 from configurator import UserError, check_value, configure      # before torch: see there
@@ -46,7 +48,8 @@ from parts.device import (autocast, compile_in_place, gather, pack_linears, prin
 from parts.metrics import (bleu, entropy, exact_match, find_targets, gen_ppl,  # noqa: F401
                            make_judges, mean, measure, over_runs, print_table, rouge)
 from parts.plots import at_equal_entropy, label, plot_losses, plot_sweep, read_rows  # noqa: F401
-from sample import CHOICES, load_model, resolve_sampling, sample_texts  # noqa: F401, for configure
+from sample import (AT_LEAST_1, CHOICES, load_model, resolve_sampling,  # noqa: F401, for configure
+                    sample_texts)
 
 # --------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); texts and metrics.jsonl go here
@@ -70,8 +73,8 @@ sweep = ''                  # values of these six and of init_from: all combinat
                             # sweep.jsonl and sweep.png in out_dir, without validation loss
 judge = 'auto'              # causal LM (folder or hub id), 'ngram' (no download), 'none';
                             # 'auto' = gpt2-large, none if there are targets
-gpt2 = ''                   # GPT-2's encoder files (folder or hub id): entropy and distinct-4 in
-                            # its tokens, where no GPT-2 is the judge
+gpt2 = ''                   # GPT-2's merges.txt and vocab.json (folder or hub id): entropy and
+                            # distinct-4 in its tokens, where no GPT-2 is the judge
 eval_iters = 10             # batches of the validation loss, 0 = none
 seed = 1337                 # text i depends on (seed, i) alone
 seeds = ''                  # several, such as 42,123,456: mean and standard error over them
@@ -80,8 +83,9 @@ dtype = 'auto'              # of sampling: 'float32' or 'bfloat16'; the judge is
 compile = False             # torch.compile the network: a minute first, then faster
 # --------------------------------------------------------------------------------------------------
 
-AT_LEAST_1 = ('num_samples', 'batch_size', 'steps')
 SWEPT = ('init_from', 'steps', 'sampler', 'gamma', 'w', 'cfg', 'grid')
+# texts that exist are scored as they are
+READ_WITH = dict.fromkeys(('sweep', 'num_samples', 'seeds', 'compile', *SWEPT), 'samples=')
 
 # --------------------------------------------------------------------------------------------------
 # during training: the validation loss, a few texts
@@ -129,10 +133,10 @@ def describe_val(val):
 
 def write_few(model, encoder, meta, file, seed):
     """Four texts of a model in training to a JSONL file; the first of them shown."""
-    c, conditions = model.config, []
-    if c.max_input_length:      # of the bins, as there may be no val.jsonl
+    conditions, sampling = [], resolve_sampling(model.config)
+    if model.config.max_input_length:       # of the bins, as there may be no val.jsonl
         conditions = list(itertools.islice(read_split(meta, 'val'), 4))
-    rows = sample_set(model, encoder, conditions, 4, resolve_sampling(c), seed, 4, file)
+    rows = sample_set(model, encoder, conditions, 4, sampling, seed, 4, file)
     print0(f"{file} | {printable(rows[0]['generated'])[:120]}")
 
 # --------------------------------------------------------------------------------------------------
@@ -148,14 +152,13 @@ def read_samples(file, input_file='', meta=None):
     if meta:
         encode = partial(load_tokenizer(meta['tokenizer']).encode, add_special_tokens=False)
     if input_file:
-        given = find_targets(read_inputs(input_file))
-        targets = {str(i): target for i, target in enumerate(given)}
+        targets = dict(enumerate(find_targets(read_inputs(input_file))))
     for where, row in read_jsonl(file):
         text = row.get('generated', row.get('text'))
         if not isinstance(text, str):
             raise UserError(f"{where} needs a text under 'generated' or 'text'")
         if input_file:
-            row['target'] = targets.get(str(row.get('id', len(rows))))
+            row['target'] = targets.get(row.get('id', len(rows)))
         rows.append(row | dict(generated=text, ids=encode(text)))
     if not rows:
         raise UserError(f"{file} has no texts")
@@ -201,13 +204,10 @@ def sample_set(model, encoder, conditions, n, sampling, seed, batch_size, file):
 
 
 def add_lines(file, rows, mode='a'):
-    """Rows, without their ids, to a file of JSON lines. UserError if it cannot be written."""
-    try:
-        with open(file, mode, encoding='utf-8') as f:
-            for row in rows:
-                f.write(to_json({k: v for k, v in row.items() if k != 'ids'}) + '\n')
-    except OSError as e:
-        raise UserError(f"cannot write {file}: {e.strerror}") from None
+    """Rows, without their ids, to a file of JSON lines."""
+    with open(file, mode, encoding='utf-8') as f:
+        for row in rows:
+            f.write(to_json({k: v for k, v in row.items() if k != 'ids'}) + '\n')
 
 # --------------------------------------------------------------------------------------------------
 # the lines of the table: one setting of the sampler, or several
@@ -227,54 +227,46 @@ def combinations(text, settings):
     return list(itertools.product(*values.values()))
 
 
-def open_model(init_from, meta, config, device, bf16):
-    """
-    -> model, its text encoder if it may be needed, what it gets: dicts with 'input' and perhaps
-    'target', none if it is a model without conditions. UserError if it does not fit.
-    """
-    source, file = init_from or config['out_dir'], config['input_file']
+def open_model(init_from, meta, conditions, config, device, bf16):
+    """-> model, its text encoder if it may be needed. UserError if it does not fit the data."""
+    source = init_from or config['out_dir']
     model = load_model(init_from, config['out_dir']).to(device)
-    c, encoder, conditions = model.config, None, []
+    c, encoder = model.config, None
     if meta:
         check_vocabulary(meta, c, source)
-    if meta.get('conditional'):
-        file = file or os.path.join(meta['dir'], 'val.jsonl')
-    if bool(c.max_input_length) != bool(file):
+    if bool(c.max_input_length) != bool(conditions):
         raise UserError(f"{source} is a model {'with' if c.max_input_length else 'without'} "
                         "conditions; --dataset or --input_file must fit it")
-    if file:
-        conditions = read_inputs(file)[:config['num_samples']]
-    if file or meta:
+    if meta or conditions:
         encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
     if not config['compile'] or not compile_in_place(model, device=device):
         pack_linears(model, bf16)
-    return model, encoder, conditions
+    return model, encoder
 
 
 if __name__ == '__main__':
-    given = set()
-    config = configure(globals(), given=given)
-    unread = given & {'sweep', 'num_samples', 'seeds', 'compile', *SWEPT}
-    if samples and unread:
-        raise UserError(f"--samples are scored as they are; drop {', '.join(sorted(unread))}")
+    config = configure(globals())
     seeds = [check_value(globals(), 'seed', s, '--seeds') for s in seeds.split(',') if s] or [seed]
     device, bf16, about = start(device, dtype)
     rank, world = rank_and_world()
 
     # ---- what is missing or wrong shows here, before the sampling; nothing is written yet --------
     meta = open_bins(data_dir, dataset) if dataset else {}
-    models, plan, real = {}, [], []
+    texts, models, plan, real = [], {}, [], []
     if samples:
-        plan, texts = [dict(source=samples)], read_samples(samples, input_file, meta)
+        plan, texts = [(samples, None, {})], read_samples(samples, input_file, meta)
     else:
+        if meta.get('conditional') and not input_file:
+            input_file = f"{meta['dir']}/val.jsonl"
+        if input_file:
+            texts = read_inputs(input_file)[:num_samples]
         for init_from, *settings in combinations(sweep, config):
             source = init_from or out_dir
             if source not in models:
-                models[source] = open_model(init_from, meta, config, device, bf16)
-            sampling = resolve_sampling(models[source][0].config, *settings)
+                models[source] = open_model(init_from, meta, texts, config, device, bf16)
             weights = os.path.getmtime(find_checkpoint(source))
-            plan.append(dict(source=source, weights=weights, **sampling))
-        model, encoder, texts = models[plan[0]['source']]
+            sampling = resolve_sampling(models[source][0].config, *settings)
+            plan.append((source, weights, sampling))
     if judge == 'auto':
         judge = 'none' if find_targets(texts) else 'gpt2-large'
     if meta and not meta.get('conditional'):
@@ -287,7 +279,7 @@ if __name__ == '__main__':
         # a million tokens are enough
         n = 1 + 1_000_000 * meta['rows']['train'] // meta['tokens']['train']
         train = list(read_split(meta, 'train', n))
-    log = os.path.join(out_dir, 'sweep.jsonl' if sweep else 'metrics.jsonl')
+    log = f"{out_dir}/{'sweep' if sweep else 'metrics'}.jsonl"
     if rank == 0:
         judges = make_judges(judge, gpt2, train, device)
         make_out_dir(out_dir)
@@ -296,28 +288,27 @@ if __name__ == '__main__':
     print0(f"device: {about}, ranks: {world}; judge: {judge}")
 
     # ---- the texts: each rank samples its share, the first one measures --------------------------
-    beside, rows = {}, []       # what a plain evaluation says besides
+    rows, beside = [], {}       # what a plain evaluation says besides
     if models and meta and eval_iters and not sweep:
         with autocast(device, bf16):
-            val = estimate_loss(model, encoder, meta, eval_iters, batch_size, device)
-        print0(describe_val(val))
-        beside['val'] = val
-    for entry in plan:
-        row = config | dict(sweep='', judge=judge) | entry
+            beside['val'] = estimate_loss(*models[source], meta, eval_iters, batch_size, device)
+        print0(describe_val(beside['val']))
+    for source, weights, sampling in plan:
+        row = config | dict(sweep='', judge=judge, source=source, weights=weights) | sampling
         done = [old for old in known if row.items() <= old.items()]
         if not done:
             runs = []
-            sampling = {k: row[k] for k in SWEPT[1:]}
             for s in seeds if models else []:
                 print0(f'sampling with seed {s}:', sampling)
-                name = 'samples_eval' + f'_{s}' * (len(seeds) > 1) + '.jsonl'
-                file = '' if sweep else os.path.join(out_dir, name)
+                number = f'_{s}' if len(seeds) > 1 else ''
+                file = '' if sweep else f'{out_dir}/samples_eval{number}.jsonl'
                 with autocast(device, bf16):
-                    runs.append(sample_set(*models[row['source']], num_samples, sampling, s,
+                    runs.append(sample_set(*models[source], texts, num_samples, sampling, s,
                                            batch_size, file))
             if rank == 0:
                 row |= over_runs([measure(run, limit, judges) for run in runs or [texts]])
-                add_lines(log, [row] if sweep else [])
+                if sweep:
+                    add_lines(log, [row])
         rows += done[:1] or [row]
     if world > 1:
         dist.destroy_process_group()
@@ -328,11 +319,11 @@ if __name__ == '__main__':
     real_row = dict(real=measure(real, limit, judges)) if real else {}
     names = [k for k in ('source', *SWEPT[1:]) if len({row[k] for row in rows}) > 1]
     print_table({label(row, names): row for row in rows} | real_row)
-    if sweep and real:
-        for name, number in at_equal_entropy(rows, real_row['real']).items():
-            print(f"the judge at the entropy of real text: {name}: {number}")
+    if sweep and real and judge != 'none':
+        print("the judge's number at the entropy of real text (blank: not reached)")
+        print_table(at_equal_entropy(rows, real_row['real']))
     if sweep:
-        plot_sweep(os.path.join(out_dir, 'sweep.png'), rows, real_row.get('real'), names)
+        plot_sweep(f'{out_dir}/sweep.png', rows, real_row.get('real'), names)
         print(f"{log}, sweep.png")
     else:
         report = rows[0] | beside | real_row

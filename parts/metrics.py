@@ -76,10 +76,8 @@ def bleu(hyps, refs):
     tokens are characters where most letters of the targets are of a script without spaces.
     """
     import sacrebleu
-    assert len(hyps) == len(refs), "one reference for each text"
-    tokens = 'char' if share(UNSPACED, refs) > 0.5 else '13a'
     return sacrebleu.corpus_bleu(hyps, [refs], lowercase=True, use_effective_order=True,
-                                 tokenize=tokens).score
+                                 tokenize='char' if share(UNSPACED, refs) > 0.5 else '13a').score
 
 
 def rouge(hyps, refs):
@@ -108,7 +106,7 @@ def errors(hyps, refs):
     How texts miss their targets, by words -> 'length': share of those that miss which have another
     number of words; 'first_wrong': the median place, from 1, of their first wrong word.
     """
-    pairs = [(hyp.split(), ref.split()) for hyp, ref in zip(hyps, refs)]
+    pairs = zip(map(str.split, hyps), map(str.split, refs))
     wrong = [(hyp, ref) for hyp, ref in pairs if hyp != ref]
     places = [1 + len(os.path.commonprefix(pair)) for pair in wrong]
     return dict(length=mean([len(hyp) != len(ref) for hyp, ref in wrong]),
@@ -121,8 +119,8 @@ def errors(hyps, refs):
 
 def train_ngram(sequences, n=5):
     """
-    Count within each text or tuple of ids -> n; all 1- to n-grams; per context the items that
-    followed it, and how many different ones.
+    Count within each text or tuple of ids -> all 1- to n-grams; per context the items that followed
+    it, and how many different ones.
     """
     grams, followers, kinds = Counter(), Counter(), Counter()
     for sequence in sequences:
@@ -131,7 +129,7 @@ def train_ngram(sequences, n=5):
     for gram, count in grams.items():
         followers[gram[:-1]] += count
         kinds[gram[:-1]] += 1
-    return n, grams, followers, kinds
+    return grams, followers, kinds
 
 
 def ngram_p(item, context, ngram):
@@ -140,26 +138,25 @@ def ngram_p(item, context, ngram):
     gives (count(h item) + K * P(item | h without its first)) / (N + K). Below the empty context:
     uniform over the alphabet and one item for all others.
     """
-    _, grams, followers, kinds = ngram
+    grams, followers, kinds = ngram
     p = 1 / (kinds[item[:0]] + 1)
     for start in range(len(context), -1, -1):
         h = context[start:]
         if h not in followers:
-            break               # longer ones were not seen either
+            break               # longer ones were not seen, or not counted, either
         p = (grams[h + item] + kinds[h] * p) / (followers[h] + kinds[h])
     return p
 
 
 def ngram_nats(sequences, ngram):
     """Mean -log P of all items, nats; each text starts without context. nan if there are none."""
-    reach = ngram[0] - 1
-    return mean([-math.log(ngram_p(sequence[i:i + 1], sequence[max(0, i - reach):i], ngram))
+    return mean([-math.log(ngram_p(sequence[i:i + 1], sequence[:i], ngram))
                  for sequence in sequences for i in range(len(sequence))])
 
 # --------------------------------------------------------------------------------------------------
 # the judge of the paper: a causal LM
 
-@lru_cache(maxsize=1)
+@lru_cache
 def load_judge(name, device):
     """A causal LM from a folder or hub id, float32, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -171,21 +168,17 @@ def load_judge(name, device):
 
 def load_gpt2(source):
     """
-    GPT-2's tokenizer without GPT-2, from the encoder files in a folder (OpenAI's names or the
-    hub's) or of a hub id -> encode(text) -> ids. UserError if they are not there.
+    GPT-2's tokenizer without GPT-2, from its two files in a folder or of a hub id -> encode(text)
+    -> ids. UserError if they are not there.
     """
-    from huggingface_hub import snapshot_download
     from tiktoken import Encoding
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
+    from transformers.utils import cached_file
     os.environ['TIKTOKEN_CACHE_DIR'] = ''       # its copies go by the path, whatever is there now
-    published, hub = ('vocab.bpe', 'encoder.json'), ('merges.txt', 'vocab.json')
-    with from_hub(f"no encoder files of GPT-2, {' and '.join(hub)}", source):
-        folder = source
-        if not os.path.isdir(source):
-            folder = snapshot_download(source, allow_patterns=hub)
-        names = published if os.path.isfile(os.path.join(folder, published[0])) else hub
-        ranks = data_gym_to_mergeable_bpe_ranks(*(os.path.join(folder, name) for name in names))
+    with from_hub("no encoder files of GPT-2, merges.txt and vocab.json", source):
+        merges, vocab = cached_file(source, 'merges.txt'), cached_file(source, 'vocab.json')
+        ranks = data_gym_to_mergeable_bpe_ranks(merges, vocab)
     encoding = Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks,
                         special_tokens={'<|endoftext|>': len(ranks)})
     return partial(encoding.encode, allowed_special='all')
@@ -222,7 +215,7 @@ def gen_ppl(texts, judge, device='cpu'):
     fill token too. gen_ppl = exp(sum nll / sum tokens) over all texts. entropy: nats over the ids
     without fill, mean over texts.
     """
-    model, tokenizer = load_judge(judge, str(device))
+    model, tokenizer = load_judge(judge, device)
     eos = tokenizer.eos_token_id
     limit = min(1024, getattr(model.config, 'max_position_embeddings', 1024))
     encode = partial(tokenizer.encode, add_special_tokens=False, verbose=False)
@@ -235,9 +228,9 @@ def gen_ppl(texts, judge, device='cpu'):
         logits = model(ids[None]).logits[0]                                         # (T, V)
         of_each = F.cross_entropy(logits[:-1], ids[1:], reduction='none').cpu().double()
         is_eos = (ids == eos).cpu()
-        scored = (~is_eos | (is_eos.cumsum(0) == 1))[1:]                            # (T-1,)
-        nll += of_each[scored].sum().item()
-        tokens += scored.sum().item()
+        scored = of_each[(~is_eos | (is_eos.cumsum(0) == 1))[1:]]
+        nll += scored.sum().item()
+        tokens += len(scored)
     ppl = math.exp(nll / tokens) if tokens else math.nan
     return dict(gen_ppl=ppl, tokens=tokens) | count_ids(rows)
 
@@ -263,7 +256,7 @@ def make_judges(judge, gpt2, train, device):
             nats_per_char=ngram_nats(texts, of_chars),
             nats_per_token=ngram_nats(map(tuple, ids), of_tokens)))
     elif judge != 'none':
-        load_judge(judge, str(device))      # if it is missing, that shows now
+        load_judge(judge, device)       # if it is missing, that shows now
         judges.append(lambda texts, ids: gen_ppl(texts, judge, device=device))
     if gpt2:
         encode = load_gpt2(gpt2)
@@ -291,16 +284,16 @@ def measure(rows, limit, judges):
     return out | dict(entropy_own=mean([*map(entropy, full)]), distinct_4=distinct(ids, limit))
 
 
-COLUMNS = [
-    'nats_per_char', 'nats_per_token', 'gen_ppl', 'entropy', 'distinct_4_judge', 'entropy_own',
-    'distinct_4', 'repetition', 'bleu', 'rouge1', 'rouge2', 'rougeL', 'exact', 'exact_stderr',
-    'length', 'first_wrong', 'empty']
+COLUMNS = ('exact exact_stderr length first_wrong bleu rouge1 rouge2 rougeL '
+           'nats_per_char nats_per_token gen_ppl entropy distinct_4_judge entropy_own distinct_4 '
+           'repetition empty').split()
+SHORT = dict(exact_stderr='+-', nats_per_char='nats/char', nats_per_token='nats/token')
 
 
 def print_table(results):
     """
     {name: metrics} -> a line for each, standard errors below it if there are any, without the
-    columns that none has.
+    columns that none has; in blocks of 100 columns.
     """
     lines = {}
     for name, row in results.items():
@@ -309,8 +302,8 @@ def print_table(results):
             lines[name + ' +-'] = row['stderr']
     # object: whole numbers stay whole
     table = DataFrame.from_dict(lines, orient='index', columns=COLUMNS, dtype=object)
-    table = table.dropna(axis='columns', how='all')
-    print('\n' + table.to_string(float_format='{:#.4g}'.format, na_rep=''), end='\n\n')
+    table = table.dropna(axis='columns', how='all').rename(columns=SHORT)
+    print(f"\n{table.to_string(float_format='{:#.4g}'.format, na_rep='', line_width=100)}\n")
 
 
 def over_runs(results):
@@ -318,5 +311,5 @@ def over_runs(results):
     if len(results) == 1:
         return results[0]
     table = DataFrame(results)
-    means, stderr = table.mean(skipna=False), table.sem(skipna=False)
-    return means.to_dict() | dict(stderr=stderr.to_dict(), by_seed=results)
+    stderr = table.sem(skipna=False).to_dict()
+    return table.mean(skipna=False).to_dict() | dict(stderr=stderr, by_seed=results)

@@ -50,19 +50,14 @@ def at_equal_entropy(rows, real):
     """
     A sampler buys a judge's praise with entropy, so models are compared where theirs is that of
     real text (its row): of each model and number of steps, the judge's number there, interpolated
-    between the points to both sides -> {label: text}, empty without a judge.
+    between the points to both sides, nan without them -> {label: the number and the entropy}.
     """
     y, x = [key for key in AXES if key in real][:2]
-    if y not in ('nats_per_char', 'gen_ppl'):
-        return {}
     found = {}
     points = DataFrame(rows).dropna(subset=[x, y]).sort_values(x)
     for (source, steps), line in points.groupby(['source', 'steps'], sort=False):
-        low, high = line[x].iloc[[0, -1]]
-        number = f"{np.interp(real[x], line[x], line[y]):#.4g}"
-        if not low <= real[x] <= high:
-            number = f"not reached, {low:#.4g} to {high:#.4g}"
-        found[f"{source}, {steps} steps"] = number
+        number = np.interp(real[x], line[x], line[y], left=np.nan, right=np.nan)
+        found[f'{source}, {steps} steps'] = {y: number, x: real[x]}
     return found
 
 
@@ -90,7 +85,6 @@ def plot_sweep(file, rows, real, names):
     for text, *at in zip(points[last], points[x], points[y]):
         axis.annotate(text, at, (4, 4), textcoords='offset points')
     if real:
-        axis.axvline(real[x], color='gold')
         axis.plot(real[x], real[y], '*', markersize=16, color='gold', label='real text')
     axis.set(xlabel=AXES[x], ylabel=AXES[y], title=f"beside the points: {last}")
     axis.grid(alpha=0.3)

@@ -37,14 +37,14 @@ def signs(ids):
     return ''.join(map(chr, ids))
 
 
-def nats_at(tokens, start, end, ngram):
+def nats_at(tokens, start, end, ngram, reach):
     """-log P of the characters of tokens start to end and of those they touch -> sum, count."""
-    text, reach = ''.join(tokens), ngram[0] - 1
+    text = ''.join(tokens)
     first = len(''.join(tokens[:start]))
     last = min(len(''.join(tokens[:end])) + reach, len(text))
     nats = 0.0
     for i in range(first, last):
-        nats -= math.log(ngram_p(text[i], text[max(0, i - reach):i], ngram))
+        nats -= math.log(ngram_p(text[i], text[:i], ngram))
     return nats, last - first
 
 
@@ -80,8 +80,8 @@ def main(source, data_dir, dataset, n):
                                             {i: row}, encoder)
                 filled[kind] = text['ids']
             for kind, ids_of in filled.items():
-                by_chars = nats_at(token_texts(ids_of, tokenizer), start, end, of_chars)
-                by_tokens = nats_at(signs(ids_of), start, end, of_tokens)
+                by_chars = nats_at(token_texts(ids_of, tokenizer), start, end, of_chars, 4)
+                by_tokens = nats_at(signs(ids_of), start, end, of_tokens, 2)
                 sums.setdefault(kind, []).append((by_chars, by_tokens))
         for kind, of_rows in sums.items():
             line = f"{name:14} {kind:8}"

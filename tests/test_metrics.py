@@ -136,7 +136,7 @@ def test_exact():
 
 
 def test_table_leaves_empty_columns_out_and_fits_a_terminal(capsys):
-    row = dict(texts=9, steps=4, nats_per_char=0.5, nats_per_token=0.25, entropy_own=2.0,
+    row = dict(texts=9, steps=4, gen_ppl=0.5, entropy=0.25, entropy_own=2.0,
                distinct_4=0.5, repetition=0.5, bleu=None, empty=3)
     print_table({'samples': row, 'real': {'empty': 0}})
     head, samples, real = capsys.readouterr().out.strip('\n').split('\n')
@@ -167,24 +167,22 @@ def test_ids_of_the_judge(judge, tmp_path):
         load_judge(str(tmp_path / 'nowhere'), 'cpu')
 
 
-def link_gpt2(folder, names):
-    """GPT-2's encoder files under other names."""
-    for name, source in zip(names, ('encoder.json', 'vocab.bpe')):
+def link_gpt2(folder):
+    """GPT-2's encoder files under the names that the hub has for them -> folder, a str."""
+    for name, source in (('vocab.json', 'encoder.json'), ('merges.txt', 'vocab.bpe')):
         os.symlink(os.path.join(SHARED, 'gpt2', source), folder / name)
+    return str(folder)
 
 
 @needs_shared
 def test_tiktoken_gives_the_ids_of_the_judge(tmp_path):
-    """From the files as the hub names them and as OpenAI did; of texts as they come."""
-    link_gpt2(tmp_path, ('vocab.json', 'merges.txt'))
+    encode = load_gpt2(link_gpt2(tmp_path))
     (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     texts = [row['generated'] for row in read_samples(f'{OUTPUTS}/owt_elf_b/{OWT}')]
     texts += ["Hello world", f"a{EOT}b", "it's  3 o'clock\n\n \tüñí 猫 🙂", "x" * 2000, " lead"]
-    for folder in (tmp_path, os.path.join(SHARED, 'gpt2')):
-        encode = load_gpt2(str(folder))
-        assert encode('Hello world') == [15496, 995]
-        assert all(encode(text) == theirs.encode(text) for text in texts)
+    assert encode('Hello world') == [15496, 995]
+    assert all(encode(text) == theirs.encode(text) for text in texts)
     with pytest.raises(UserError, match='no encoder files of GPT-2'):
         load_gpt2(str(tmp_path / '..'))
     (tmp_path / 'merges.txt').unlink()
@@ -200,7 +198,7 @@ def test_gpt2_in_the_cache_of_the_hub(tmp_path, monkeypatch):
     (repo / 'snapshots' / 'abc').mkdir(parents=True)
     (repo / 'refs').mkdir()
     (repo / 'refs' / 'main').write_text('abc')
-    link_gpt2(repo / 'snapshots' / 'abc', ('vocab.json', 'merges.txt'))
+    link_gpt2(repo / 'snapshots' / 'abc')
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
     assert load_gpt2('openai-community/gpt2')('Hello world') == [15496, 995]
     with pytest.raises(UserError, match='openai-community/gpt3'):
@@ -209,12 +207,12 @@ def test_gpt2_in_the_cache_of_the_hub(tmp_path, monkeypatch):
 
 @needs_shared
 @pytest.mark.parametrize('epoch, blank', [(1, 25), (4, 0)])
-def test_entropies_that_a_reproduction_published(epoch, blank):
+def test_entropies_that_a_reproduction_published(epoch, blank, tmp_path):
     """Over GPT-2's ids, 1024 at most, of the texts that are not blank; they summed in float32."""
     rows = [json.loads(line) for line in open(f'{OUTPUTS}/ugness_lightning/metrics.jsonl')]
     published = {row['epoch']: row['sample_entropy_32step'] for row in rows}[epoch]
     texts = read_samples(f'{OUTPUTS}/ugness_lightning/epoch_{epoch:03}.jsonl')
-    ids = judge_ids([row['generated'] for row in texts], load_gpt2(os.path.join(SHARED, 'gpt2')))
+    ids = judge_ids([row['generated'] for row in texts], load_gpt2(link_gpt2(tmp_path)))
     assert len(ids) == len(texts) - blank
     assert np.mean([entropy(row) for row in ids]) == pytest.approx(published, rel=1e-7)
 
