@@ -152,13 +152,14 @@ def read_samples(file, input_file='', meta=None):
     if meta:
         encode = partial(load_tokenizer(meta['tokenizer']).encode, add_special_tokens=False)
     if input_file:
-        targets = dict(enumerate(find_targets(read_inputs(input_file))))
+        found = find_targets(read_inputs(input_file))
+        targets = {str(i): target for i, target in enumerate(found)}
     for where, row in read_jsonl(file):
         text = row.get('generated', row.get('text'))
         if not isinstance(text, str):
             raise UserError(f"{where} needs a text under 'generated' or 'text'")
         if input_file:
-            row['target'] = targets.get(row.get('id', len(rows)))
+            row['target'] = targets.get(str(row.get('id', len(rows))))
         rows.append(row | dict(generated=text, ids=encode(text)))
     if not rows:
         raise UserError(f"{file} has no texts")
@@ -320,7 +321,7 @@ if __name__ == '__main__':
     names = [k for k in ('source', *SWEPT[1:]) if len({row[k] for row in rows}) > 1]
     print_table({label(row, names): row for row in rows} | real_row)
     if sweep and real and judge != 'none':
-        print("the judge's number at the entropy of real text (blank: not reached)")
+        print("the judge's number at the entropy of real text:")
         print_table(at_equal_entropy(rows, real_row['real']))
     if sweep:
         plot_sweep(f'{out_dir}/sweep.png', rows, real_row.get('real'), names)

@@ -177,8 +177,10 @@ def load_gpt2(source):
     from transformers.utils import cached_file
     os.environ['TIKTOKEN_CACHE_DIR'] = ''       # its copies go by the path, whatever is there now
     with from_hub("no encoder files of GPT-2, merges.txt and vocab.json", source):
-        merges, vocab = cached_file(source, 'merges.txt'), cached_file(source, 'vocab.json')
-        ranks = data_gym_to_mergeable_bpe_ranks(merges, vocab)
+        names = ('merges.txt', 'vocab.json')
+        if os.path.exists(os.path.join(source, 'vocab.bpe')):
+            names = ('vocab.bpe', 'encoder.json')       # as OpenAI published them
+        ranks = data_gym_to_mergeable_bpe_ranks(*(cached_file(source, name) for name in names))
     encoding = Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks,
                         special_tokens={'<|endoftext|>': len(ranks)})
     return partial(encoding.encode, allowed_special='all')

@@ -50,13 +50,15 @@ def at_equal_entropy(rows, real):
     """
     A sampler buys a judge's praise with entropy, so models are compared where theirs is that of
     real text (its row): of each model and number of steps, the judge's number there, interpolated
-    between the points to both sides, nan without them -> {label: the number and the entropy}.
+    between the points to both sides -> {label: it, or 'not reached'; and the entropy}.
     """
     y, x = [key for key in AXES if key in real][:2]
     found = {}
     points = DataFrame(rows).dropna(subset=[x, y]).sort_values(x)
     for (source, steps), line in points.groupby(['source', 'steps'], sort=False):
-        number = np.interp(real[x], line[x], line[y], left=np.nan, right=np.nan)
+        number = np.interp(real[x], line[x], line[y])
+        if not line[x].min() <= real[x] <= line[x].max():
+            number = 'not reached'
         found[f'{source}, {steps} steps'] = {y: number, x: real[x]}
     return found
 
@@ -85,6 +87,7 @@ def plot_sweep(file, rows, real, names):
     for text, *at in zip(points[last], points[x], points[y]):
         axis.annotate(text, at, (4, 4), textcoords='offset points')
     if real:
+        axis.axvline(real[x], color='gold')
         axis.plot(real[x], real[y], '*', markersize=16, color='gold', label='real text')
     axis.set(xlabel=AXES[x], ylabel=AXES[y], title=f"beside the points: {last}")
     axis.grid(alpha=0.3)

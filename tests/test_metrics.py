@@ -181,7 +181,7 @@ def test_tiktoken_gives_the_ids_of_the_judge(tmp_path):
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     texts = [row['generated'] for row in read_samples(f'{OUTPUTS}/owt_elf_b/{OWT}')]
     texts += ["Hello world", f"a{EOT}b", "it's  3 o'clock\n\n \tüñí 猫 🙂", "x" * 2000, " lead"]
-    assert encode('Hello world') == [15496, 995]
+    assert load_gpt2(f'{SHARED}/gpt2')('Hello world') == encode('Hello world') == [15496, 995]
     assert all(encode(text) == theirs.encode(text) for text in texts)
     with pytest.raises(UserError, match='no encoder files of GPT-2'):
         load_gpt2(str(tmp_path / '..'))
