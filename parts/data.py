@@ -131,8 +131,9 @@ def write_split(meta, split, rows):
             bad[last] |= ids[last] != meta['eos_id']
             if bad.any():
                 raise UserError(f"{split} has token id {ids[bad][0]} out of place: the vocabulary "
-                                f"has {meta['vocab_size']}, and condition and target end in EOS; "
-                                "take padding off, add EOS, or name the tokenizer they are from")
+                                f"has {meta['vocab_size']}, and condition and target end in EOS, "
+                                f"{meta['eos_id']}: take padding off, add EOS, or name the "
+                                "tokenizer they are from")
             f.write(ids.astype(meta['dtype']).tobytes())
             index.append(tokens + (ends - lengths).reshape(-1, 2))
             tokens += len(ids)

@@ -93,7 +93,7 @@ def test_rows_without_eos_are_refused(tmp_path):
     meta = dict(dir=str(tmp_path), dtype='uint16', vocab_size=9, eos_id=1)
     assert write_split(meta, 'val', good * 600)[0] == 1200
     for row, wrong in zip(bad, (5, 0)):
-        with pytest.raises(UserError, match=f'val has token id {wrong} .* end in EOS; take'):
+        with pytest.raises(UserError, match=f'val has token id {wrong} .* end in EOS, 1: take'):
             write_split(meta, 'val', good * 600 + [row])
 
 
