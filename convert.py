@@ -46,18 +46,16 @@ def read_msgpack(path):
     def unpack_array(code, data):       # an array or a number; msgpack leaves both to us
         shape, dtype, data = msgpack.unpackb(data)
         return np.frombuffer(data, dtype).reshape(shape)
-    with open(path, 'rb') as f:
-        ckpt = msgpack.unpackb(f.read(), ext_hook=unpack_array, strict_map_key=False)
-    return flatten(ckpt)
+    data = Path(path).read_bytes()
+    return flatten(msgpack.unpackb(data, ext_hook=unpack_array, strict_map_key=False))
 
 
 def read_orbax(folder):
     """A folder of Orbax's -> as read_msgpack; only what is needed is read."""
     import tensorstore as ts
     root, arrays = os.path.realpath(folder), {}
-    with open(os.path.join(root, '_METADATA'), encoding='utf-8') as f:
-        entries = json.load(f)['tree_metadata'].values()
-    for entry in entries:
+    metadata = json.loads(Path(root, '_METADATA').read_text(encoding='utf-8'))
+    for entry in metadata['tree_metadata'].values():
         keys = [str(part['key']) for part in entry['key_metadata']]
         if keys[0] in ('params', 'ema_params1', 'step', 'epoch'):
             name = '.'.join(keys)
@@ -155,7 +153,7 @@ def main(source, folder):
         if 'state_dict' in ckpt:
             ckpt = read_lightning(ckpt)
         step = int(ckpt.get('iter_num', ckpt.get('step')) or step_in(path))
-        epoch = int(ckpt.get('epoch') or 0)
+        epoch = ckpt.get('epoch', 0)
         ema, params = networks_in(ckpt)
         settings = read_settings(path, ckpt, from_official_names(ema))
         config = ELFConfig(**settings | ckpt.get('of_lightning', {}))
