@@ -5,11 +5,9 @@ ckpt.pt and the one before it, ckpt_prev.pt, are written whole or not at all and
 needs to go on, in tensors and plain types only. A tokenizer and an encoder that are no names on the
 hub lie beside them, in tokenizer/ and encoder/, so that the folder can be moved and used anywhere.
 """
-import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import zipfile
 from contextlib import contextmanager
@@ -178,10 +176,9 @@ def check_resume(path, ckpt, config):
 
 def begin_run(out_dir, resumed, config, c):
     """
-    From here on files are written: lock out_dir, put the run aside that is not resumed, write
-    settings.json, copy tokenizer and encoder -> the lock; log(iter=.., **numbers), a line of
-    metrics.jsonl and perhaps of Weights & Biases; the model's settings for its checkpoints. Only
-    the first rank writes.
+    From here on files are written: lock out_dir, put the run aside that is not resumed, copy
+    tokenizer and encoder -> the lock; log(iter=.., **numbers), a line of metrics.jsonl and perhaps
+    of Weights & Biases; the model's settings for its checkpoints. Only the first rank writes.
     """
     if device.rank_and_world()[0]:
         return None, lambda **numbers: None, None
@@ -199,8 +196,6 @@ def begin_run(out_dir, resumed, config, c):
         # damaged: the next save must not let it replace the good one before it
         os.replace(f'{out_dir}/ckpt.pt', f'{out_dir}/damaged_ckpt.pt')
     model_args = asdict(carry(c, out_dir))
-    settings = dict(config=config, command=sys.argv, torch=torch.__version__)
-    Path(out_dir, 'settings.json').write_text(json.dumps(settings, indent=1))
     metrics = open(f'{out_dir}/metrics.jsonl', 'a', encoding='utf-8', buffering=1)
     metrics.write('\n' if resumed else '')      # ends a line that a kill may have cut
 
@@ -315,11 +310,11 @@ def download(source):
     try:
         names = list_repo_files(repo)
     except Exception:       # of many kinds; if the cache has nothing either, from_hub tells it
-        names = [file.path for file in get_cached_repo_tree(repo)]
-    name = choose(names, source, '/'.join(inside))
-    beside = name.removesuffix(os.path.basename(name))
-    wanted = [name, name + '/*'] + [beside + x for x in ('config.yml', 'tokenizer/*', 'encoder/*')]
-    return os.path.join(snapshot_download(repo, allow_patterns=wanted), name)
+        names = [entry.path for entry in get_cached_repo_tree(repo)]
+    file = choose(names, source, '/'.join(inside))
+    beside = file.removesuffix(os.path.basename(file))
+    wanted = [file, file + '/*'] + [beside + x for x in ('config.yml', 'tokenizer/*', 'encoder/*')]
+    return os.path.join(snapshot_download(repo, allow_patterns=wanted), file)
 
 
 def is_jax(path):
