@@ -5,9 +5,10 @@ Foreign checkpoints become official torch ones, which sample.py, eval.py and tra
     python convert.py out/owt_elf_b export && hf upload me/my-elf export    # publish a run of ours
 
 SRC is a file, a folder or a hub id of a JAX checkpoint (flax msgpack or Orbax), a .ckpt of
-Ugness/elf-torch (Lightning), our ckpt.pt, or any state dict of an ELF. All or nothing: every array of the network is used, every
-parameter filled, no shape changed. A tokenizer and an encoder that are folders here go along, so
-DST, a new folder, is whole: it can be moved, or uploaded, and used there.
+Ugness/elf-torch (Lightning), our ckpt.pt, or any state dict of an ELF. All or nothing: every array
+of the network is used, every parameter filled, no shape changed. A tokenizer and an encoder that
+are folders here go along, so DST, a new folder, is whole: it can be moved, or uploaded, and used
+there.
 """
 # before torch: see there
 from parts.process import from_hub, one_line_errors, open_streams

@@ -160,7 +160,8 @@ def check_resume(path, ckpt, config):
     if len(set(device.gather(ckpt['iter_num']))) > 1:
         raise UserError("the ranks see different checkpoints; --out_dir must be one folder that "
                         "all of them share")
-    was, now = [x | x['bins'] for x in (ckpt['config'], config)]
+    # older versions kept the bins elsewhere
+    was, now = [x | x.get('bins', {}) for x in (ckpt['config'], config)]
     for x in (was, now):
         x['rows_per_step'] = x['batch_size'] * x['gradient_accumulation_steps']
     changed = [name for name in was
