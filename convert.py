@@ -4,18 +4,20 @@ Foreign checkpoints become official torch ones, which sample.py, eval.py and tra
     python convert.py SRC DST       # -> DST/checkpoint_<step>, config.yml and model.safetensors
     python convert.py out/owt_elf_b export && hf upload me/my-elf export    # publish a run of ours
 
-SRC is a file, a folder or a hub id of a JAX checkpoint (flax msgpack or Orbax), a Lightning .ckpt,
-our ckpt.pt, or any state dict of an ELF. All or nothing: every array of the network is used, every
-parameter filled, no shape changed. A tokenizer and an encoder that are folders here go along, so
-DST, a new folder, is whole: it can be moved, or uploaded, and used there.
+SRC is a file, a folder or a hub id of a JAX checkpoint (flax msgpack or Orbax), a .ckpt of
+Ugness/elf-torch (Lightning), our ckpt.pt, or any state dict of an ELF. All or nothing: every array
+of the network is used, every parameter filled, no shape changed. A tokenizer and an encoder that
+are folders here go along, so DST, a new folder, is whole: it can be moved, or uploaded, and used
+there.
 """
 # before torch: see there
-from parts.process import UserError, from_hub, one_line_errors, open_streams
+from parts.process import from_hub, one_line_errors, open_streams
 
 import json
 import os
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -45,18 +47,16 @@ def read_msgpack(path):
     def unpack_array(code, data):       # an array or a number; msgpack leaves both to us
         shape, dtype, data = msgpack.unpackb(data)
         return np.frombuffer(data, dtype).reshape(shape)
-    with open(path, 'rb') as f:
-        ckpt = msgpack.unpackb(f.read(), ext_hook=unpack_array, strict_map_key=False)
-    return flatten(ckpt)
+    data = Path(path).read_bytes()
+    return flatten(msgpack.unpackb(data, ext_hook=unpack_array, strict_map_key=False))
 
 
 def read_orbax(folder):
     """A folder of Orbax's -> as read_msgpack; only what is needed is read."""
     import tensorstore as ts
     root, arrays = os.path.realpath(folder), {}
-    with open(os.path.join(root, '_METADATA'), encoding='utf-8') as f:
-        entries = json.load(f)['tree_metadata'].values()
-    for entry in entries:
+    metadata = json.loads(Path(root, '_METADATA').read_text(encoding='utf-8'))
+    for entry in metadata['tree_metadata'].values():
         keys = [str(part['key']) for part in entry['key_metadata']]
         if keys[0] in ('params', 'ema_params1', 'step', 'epoch'):
             name = '.'.join(keys)
@@ -83,24 +83,16 @@ def from_flax(arrays):
 # -------------------------------------------------------------------------------------------------
 # in: Lightning
 
-def read_lightning(path, ckpt):
-    """
-    Each place with a t_emb_tokens is a network; one with ema in its name is the EMA.
-    Ugness/elf-torch has them in state_dict.model. and ema.shadow.
-    """
-    flat = flatten(ckpt)
-    places = [name.removesuffix('t_emb_tokens') for name in flat if name.endswith('t_emb_tokens')]
-    # the steps of that project; Lightning itself counts those of each of its optimizers
-    kept = dict(epoch=ckpt.get('epoch'), step=ckpt.get('_my_opt_step') or ckpt.get('global_step'))
-    for place in sorted(places, key=len, reverse=True):     # the shortest name counts
-        k = 'ema_params1' if 'ema' in place.lower() else 'params'
-        print(f"{path}: {k} under {place!r}")
-        state = {name.removeprefix(place): x for name, x in flat.items() if name.startswith(place)}
-        if 'final_layer.norm.weight' in state:      # its network differs in a name, and in the GELU
-            state['final_layer.norm_final.weight'] = state.pop('final_layer.norm.weight')
-            kept['of_lightning'] = dict(gelu='none')
-        kept[k] = state
-    return kept
+def read_lightning(ckpt):
+    """A checkpoint of the Lightning reproduction, Ugness/elf-torch -> as from_flax."""
+    params = {name.removeprefix('model.'): x for name, x in ckpt['state_dict'].items()
+              if name.startswith('model.')}     # not its frozen encoder
+    for state in (params, ckpt['ema']['shadow']):
+        # its network differs in a name, and in the GELU
+        state['final_layer.norm_final.weight'] = state.pop('final_layer.norm.weight')
+    # Lightning itself counts the steps of each of its optimizers
+    return dict(params=params, ema_params1=ckpt['ema']['shadow'], epoch=ckpt['epoch'],
+                step=ckpt['_my_opt_step'], of_lightning=dict(gelu='none'))
 
 # -------------------------------------------------------------------------------------------------
 # out: the official layout
@@ -140,17 +132,15 @@ def write_official(folder, params, ema, step, epoch, config):
     """
     params, ema = (to_official_names(from_official_names(state)) for state in (params, ema))
     folder = os.path.abspath(folder)
-    if os.path.isdir(folder) and os.listdir(folder):
-        raise UserError(f"{folder} exists already and is not overwritten; choose a new folder")
-    with whole(folder) as aside:
+    with whole(folder) as aside:        # refuses, at its end, a folder that has files
         os.makedirs(aside)
-        with open(os.path.join(aside, 'config.yml'), 'w', encoding='utf-8') as f:
-            f.write(config_text(carry(config, aside)))
-        save_file(ema, os.path.join(aside, 'model.safetensors'))
-        with open(os.path.join(aside, f'checkpoint_{step}'), 'wb') as f:
+        config = carry(config, aside)
+        Path(aside, 'config.yml').write_text(config_text(config))
+        save_file(ema, f'{aside}/model.safetensors')
+        with open(f'{aside}/checkpoint_{step}', 'wb') as f:
             torch.save(dict(params=params, ema_params1=ema, opt_state=new_optimizer(params),
                             step=step, epoch=epoch), f)
-    return os.path.join(folder, f'checkpoint_{step}')
+    return f'{folder}/checkpoint_{step}'
 
 # -------------------------------------------------------------------------------------------------
 
@@ -162,9 +152,9 @@ def main(source, folder):
         else:
             ckpt = load_checkpoint(path)
         if 'state_dict' in ckpt:
-            ckpt = read_lightning(path, ckpt)
+            ckpt = read_lightning(ckpt)
         step = int(ckpt.get('iter_num', ckpt.get('step')) or step_in(path))
-        epoch = int(ckpt.get('epoch') or 0)
+        epoch = ckpt.get('epoch', 0)
         ema, params = networks_in(ckpt)
         settings = read_settings(path, ckpt, from_official_names(ema))
         config = ELFConfig(**settings | ckpt.get('of_lightning', {}))

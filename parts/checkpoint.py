@@ -5,22 +5,21 @@ ckpt.pt and the one before it, ckpt_prev.pt, are written whole or not at all and
 needs to go on, in tensors and plain types only. A tokenizer and an encoder that are no names on the
 hub lie beside them, in tokenizer/ and encoder/, so that the folder can be moved and used anywhere.
 """
-import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from parts import device
-from parts.data import open_bins, sha256, to_json
+from parts.data import sha256, to_json
 from parts.official import from_official_names, read_config_yml, read_sizes
 from parts.process import UserError, from_hub, one_line
 
@@ -39,7 +38,7 @@ def make_out_dir(out_dir):
 def lock(out_dir):
     """Let one run at a time write out_dir -> open file; the system unlocks it when the run ends."""
     make_out_dir(out_dir)
-    f = open(os.path.join(out_dir, 'lock'), 'a')
+    f = open(f'{out_dir}/lock', 'a')
     try:
         import fcntl
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,33 +65,31 @@ def whole(path):
     finally:
         device.saving = False
         shutil.rmtree(aside, ignore_errors=True)
-        if os.path.exists(aside):
-            os.remove(aside)
+        Path(aside).unlink(missing_ok=True)
 
 
 def save_checkpoint(out_dir, ckpt, keep_as=''):
     """Write out_dir/ckpt.pt; the one before stays as ckpt_prev.pt; keep_as: a name for a copy."""
-    path = os.path.join(out_dir, 'ckpt.pt')
+    path = f'{out_dir}/ckpt.pt'
     with whole(path) as aside:
         with open(aside, 'wb') as f:
             torch.save(ckpt, f)
             f.flush()
             os.fsync(f.fileno())
         if os.path.lexists(path):
-            os.replace(path, os.path.join(out_dir, 'ckpt_prev.pt'))
+            os.replace(path, f'{out_dir}/ckpt_prev.pt')
     if keep_as:
-        with whole(os.path.join(out_dir, keep_as)) as aside:
+        with whole(f'{out_dir}/{keep_as}') as aside:
             shutil.copyfile(path, aside)
 
 
 def newest_checkpoint(out_dir):
     """The newest whole checkpoint that a run can go on from -> path, dict. UserError if none."""
     for path in checkpoints_in(out_dir):
+        find_checkpoint(path)       # what may not be read, or is a link to nothing, is not damaged
         try:
             ckpt = load_checkpoint(path)
         except UserError as e:
-            if isinstance(e.__context__, (PermissionError, FileNotFoundError)):
-                raise       # it is not damaged
             print(f"SKIPPED: {e}")
             continue
         if 'optimizer' in ckpt:
@@ -103,7 +100,7 @@ def newest_checkpoint(out_dir):
 
 def checkpoints_in(out_dir):
     """Paths of the checkpoints of the run in out_dir that are there, the newest first."""
-    paths = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt')]
+    paths = f'{out_dir}/ckpt.pt', f'{out_dir}/ckpt_prev.pt'
     return [path for path in paths if os.path.lexists(path)]
 
 
@@ -112,18 +109,11 @@ def load_checkpoint(path):
     with from_hub('no readable checkpoint of tensors and plain types alone', path):
         if path.endswith('.safetensors'):
             return load_file(path)
-        check_checksums(path)       # torch.load reads on past a wrong one
+        # torch.load reads on past a wrong checksum, or where a flipped bit says "folder"
+        with zipfile.ZipFile(path) as z:
+            if z.testzip() or any(x.external_attr for x in z.infolist()):
+                raise ValueError("its checksums do not fit")
         return dict(torch.load(path, map_location='cpu', weights_only=True))
-
-
-def check_checksums(path):
-    """Read a zip of torch.save's against its checksums. ValueError, or whatever zipfile raises."""
-    with zipfile.ZipFile(path) as z:
-        # where one flipped bit says "folder" or "compressed", torch reads noise
-        odd = [x for x in z.infolist()
-               if x.compress_type or x.external_attr or x.file_size != x.compress_size]
-        if odd or z.testzip():
-            raise ValueError("its checksums do not fit")
 
 # -------------------------------------------------------------------------------------------------
 # a run: where it starts, what it may change, how it ends
@@ -132,8 +122,8 @@ def check_checksums(path):
 MAY_CHANGE = (
     'out_dir', 'init_from', 'overwrite', 'log_interval', 'eval_interval', 'eval_iters',
     'save_interval', 'keep_interval', 'sample_interval', 'wandb_log', 'wandb_project', 'data_dir',
-    'max_minutes', 'max_epochs', 'dtype',
-    'gradient_checkpointing', 'sampler', 'steps', 'gamma', 'w', 'cfg', 'grid', 'bins')
+    'max_minutes', 'max_epochs', 'dtype', 'gradient_checkpointing',
+    'sampler', 'steps', 'gamma', 'w', 'cfg', 'grid', 'bins')
 # and, said so, how long it runs, and where
 WHERE_IT_RUNS = ('ranks', 'device', 'bf16', 'compile', 'batch_size', 'gradient_accumulation_steps')
 
@@ -155,9 +145,9 @@ def fingerprint(meta):
     found = {name: meta[name] for name in ('rows', 'vocab_size', 'latent_mean', 'latent_std')}
     found |= meta['checksums']
     for part in PARTS:
-        files = {f'{part}/{name}': os.path.join(meta[part], name)
-                 for name in ('model.safetensors', 'tokenizer.json', 'spiece.model')}
-        sums = {name: sha256(file) for name, file in files.items() if os.path.exists(file)}
+        sums = {f'{part}/{name}': sha256(f'{meta[part]}/{name}')
+                for name in ('model.safetensors', 'tokenizer.json', 'spiece.model')
+                if os.path.exists(f'{meta[part]}/{name}')}
         found |= sums or {part: meta[part]}         # a name on the hub
     return found
 
@@ -167,32 +157,29 @@ def check_resume(path, ckpt, config):
     UserError if a run would go on with other mathematics or on other data than its checkpoint's
     -> list of what else is not as it was, in words. config: settings, what runs them, the bins.
     """
-    found = device.gather(ckpt['iter_num'])
-    if len(set(found)) > 1:
-        raise UserError(f"the ranks see different checkpoints in {os.path.dirname(path)}, of the "
-                        f"iterations {found}; it must be one folder that all of them share")
-    old = ckpt.get('data', {})          # where older versions had the bins
-    was = ckpt['config'] | ckpt['config'].get('bins', old | old.get('checksums', {}))
-    now = config | config['bins']
+    if len(set(device.gather(ckpt['iter_num']))) > 1:
+        raise UserError("the ranks see different checkpoints; --out_dir must be one folder that "
+                        "all of them share")
+    # older versions kept the bins elsewhere
+    was, now = [x | x.get('bins', {}) for x in (ckpt['config'], config)]
     for x in (was, now):
         x['rows_per_step'] = x['batch_size'] * x['gradient_accumulation_steps']
-    changed = {name: f"{name} was {was[name]!r}, now {now[name]!r}" for name in was
-               if name not in MAY_CHANGE and now.get(name, was[name]) != was[name]}
-    told = list(changed.values())
-    if not changed.keys() <= {'max_iters', *WHERE_IT_RUNS}:
+    changed = [name for name in was
+               if name not in MAY_CHANGE and now.get(name, was[name]) != was[name]]
+    told = [f"{name} was {was[name]!r}, now {now[name]!r}" for name in changed]
+    if set(changed) - {'max_iters', *WHERE_IT_RUNS}:
         raise UserError(f"{path} was trained with other settings or bins: {'; '.join(told)}; drop "
                         "the override, prepare the bins as they were, or choose another --out_dir")
-    if changed.keys() - {'max_iters'}:
+    if set(changed) - {'max_iters'}:
         told.append("the same rows a step, perhaps by other draws; not the same bit for bit")
     return told
 
 
 def begin_run(out_dir, resumed, config, c):
     """
-    From here on files are written: lock out_dir, put the run aside that is not resumed, write
-    settings.json, copy tokenizer and encoder -> the lock; log(iter=.., **numbers), a line of
-    metrics.jsonl and perhaps of Weights & Biases; the model's settings for its checkpoints. Only
-    the first rank writes.
+    From here on files are written: lock out_dir, put the run aside that is not resumed, copy
+    tokenizer and encoder -> the lock; log(iter=.., **numbers), a line of metrics.jsonl and perhaps
+    of Weights & Biases; the model's settings for its checkpoints. Only the first rank writes.
     """
     if device.rank_and_world()[0]:
         return None, lambda **numbers: None, None
@@ -210,9 +197,7 @@ def begin_run(out_dir, resumed, config, c):
         # damaged: the next save must not let it replace the good one before it
         os.replace(f'{out_dir}/ckpt.pt', f'{out_dir}/damaged_ckpt.pt')
     model_args = asdict(carry(c, out_dir))
-    with open(os.path.join(out_dir, 'settings.json'), 'w', encoding='utf-8') as f:
-        json.dump(dict(config=config, command=sys.argv, torch=torch.__version__), f, indent=1)
-    metrics = open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8', buffering=1)
+    metrics = open(f'{out_dir}/metrics.jsonl', 'a', encoding='utf-8', buffering=1)
     metrics.write('\n' if resumed else '')      # ends a line that a kill may have cut
 
     def log(**numbers):
@@ -225,18 +210,19 @@ def begin_run(out_dir, resumed, config, c):
 def put_aside(out_dir):
     """Move the run in out_dir, if there is one, into old_1, old_2, ... in it; nothing is lost."""
     number = 1
-    while os.path.exists(old := os.path.join(out_dir, f'old_{number}')):
+    while os.path.exists(old := f'{out_dir}/old_{number}'):
         number += 1
     for name in os.listdir(out_dir):
-        path = os.path.join(out_dir, name)
+        path = f'{out_dir}/{name}'
         if name != 'lock' and (name in PARTS or os.path.isfile(path)):
-            os.renames(path, os.path.join(old, name))
+            os.renames(path, f'{old}/{name}')
 
 # -------------------------------------------------------------------------------------------------
 # whole: a tokenizer and an encoder of one's own lie beside the checkpoint
 
 PARTS = ('tokenizer', 'encoder')
-NOT_CARRIED = dict(encoder=('.*', '*.h5', '*.msgpack'), tokenizer=('.*', '*.bin', '*.safetensors'))
+NOT_CARRIED = dict(encoder=shutil.ignore_patterns('.*', '*.h5', '*.msgpack'),
+                   tokenizer=shutil.ignore_patterns('.*', '*.bin', '*.safetensors'))
 
 
 def carry(c, out_dir):
@@ -247,37 +233,27 @@ def carry(c, out_dir):
     """
     carried = [part for part in PARTS if os.path.isdir(getattr(c, part))]
     for part in carried:
-        there = os.path.join(out_dir, part)
-        if os.path.exists(there):
+        if os.path.exists(f'{out_dir}/{part}'):
             continue        # of the run that goes on, the same: see check_resume
-        with whole(there) as aside:
-            skipped = shutil.ignore_patterns(*NOT_CARRIED[part])
-            shutil.copytree(getattr(c, part), aside, ignore=skipped)
+        with whole(f'{out_dir}/{part}') as aside:
+            shutil.copytree(getattr(c, part), aside, ignore=NOT_CARRIED[part])
             os.chmod(aside, 0o755)      # the source may be read-only
     return replace(c, **{part: part for part in carried})
 
 
-def find_parts(settings, path, ckpt):
+def find_parts(settings, path):
     """
-    Where the tokenizer and the encoder that a run carries lie: beside its checkpoint; of older
-    versions with the bins -> settings to change. UserError if they are gone, or were made again.
+    The tokenizer and the encoder that a run carries, see carry: beside its checkpoint -> settings
+    to change. UserError if they are gone.
     """
     found = {}
     for part in PARTS:
-        name, beside = settings.get(part, ''), os.path.join(os.path.dirname(path) or '.', part)
-        if os.path.basename(name) != part:
-            continue        # a hub id, or a folder that the user named
-        if os.path.isdir(beside):
-            found[part] = beside
-        elif name == part or 'data' in ckpt and not same_bins(os.path.dirname(name), ckpt):
-            raise UserError(f"{path} needs its {part}; copy the one that it was trained with "
-                            f"to {beside}")
+        if settings.get(part) == part:      # no hub id, no folder that the user named
+            found[part] = beside = os.path.join(os.path.dirname(path), part)
+            if not os.path.isdir(beside):
+                raise UserError(f"{path} needs its {part}; copy the one that it was trained with "
+                                f"to {beside}")
     return found
-
-
-def same_bins(folder, ckpt):
-    """Whether a set still has the bins that a checkpoint of an older version was trained on."""
-    return open_bins(*os.path.split(folder))['checksums'] == ckpt['data']['checksums']
 
 # -------------------------------------------------------------------------------------------------
 # where: a file, a folder, the hub
@@ -298,10 +274,10 @@ def choose(names, source, inside=''):
     The first choice of KINDS among names of files in the folder inside, '' for all; of several
     steps the largest. A name that is inside itself is taken, whatever it is. UserError.
     """
-    names = {name.removesuffix('/_METADATA') for name in names}     # an Orbax folder is one name
+    names = sorted(name.removesuffix('/_METADATA') for name in names)   # an Orbax folder is one
     if inside in names:
         return inside
-    names = [name for name in sorted(names) if name.startswith(inside and f'{inside}/')]
+    names = [name for name in names if Path(name).is_relative_to(inside)]
     for kind in KINDS:
         if found := [name for name in names if re.fullmatch(kind, os.path.basename(name))]:
             return max(found, key=step_in)
@@ -317,7 +293,7 @@ def find_checkpoint(source):
     """
     with from_hub('no checkpoint', source):
         path = source if os.path.lexists(source) else download(source)
-        if os.path.isdir(path) and not os.path.exists(os.path.join(path, '_METADATA')):
+        if os.path.isdir(path) and not os.path.exists(f'{path}/_METADATA'):
             path = os.path.join(path, choose(os.listdir(path), source))
         if not os.path.isdir(path):
             open(path, 'rb').close()        # or it says why not
@@ -335,11 +311,11 @@ def download(source):
     try:
         names = list_repo_files(repo)
     except Exception:       # of many kinds; if the cache has nothing either, from_hub tells it
-        names = [file.path for file in get_cached_repo_tree(repo)]
-    name = choose(names, source, '/'.join(inside))
-    beside = name.removesuffix(os.path.basename(name))
-    wanted = [name, name + '/*'] + [beside + x for x in ('config.yml', 'tokenizer/*', 'encoder/*')]
-    return os.path.join(snapshot_download(repo, allow_patterns=wanted), name)
+        names = [entry.path for entry in get_cached_repo_tree(repo)]
+    file = choose(names, source, '/'.join(inside))
+    beside = file.removesuffix(os.path.basename(file))
+    wanted = [file, file + '/*'] + [beside + x for x in ('config.yml', 'tokenizer/*', 'encoder/*')]
+    return os.path.join(snapshot_download(repo, allow_patterns=wanted), file)
 
 
 def is_jax(path):
@@ -367,8 +343,8 @@ def load_weights(source):
         raise UserError(f"{path} is a JAX or Lightning checkpoint; convert it first: "
                         f"python convert.py {source} FOLDER")
     with from_hub('no weights of an ELF', path):
-        ema, _ = networks_in(ckpt)
-        state = {name: x.float() for name, x in from_official_names(ema).items()}
+        state = from_official_names(networks_in(ckpt)[0])
+        state = {name: x.float() for name, x in state.items()}
         return path, read_settings(path, ckpt, state), state
 
 
@@ -380,4 +356,4 @@ def read_settings(path, ckpt, state):
     """
     sizes = read_sizes(state)
     settings = ckpt.get('model_args') or read_config_yml(path, sizes)
-    return settings | find_parts(settings, path, ckpt) | sizes
+    return settings | find_parts(settings, path) | sizes

@@ -8,7 +8,6 @@ A set is a folder, data/<name>/:
     val.jsonl                       of a set with conditions: input and target of each row of val
 A row is condition then target, each with its EOS; unconditional rows have an empty condition.
 """
-import contextlib
 import hashlib
 import json
 import os
@@ -34,7 +33,6 @@ def open_bins(data_dir, dataset):
     load. UserError if it is gone, or if the bins are not of the sizes that it speaks of.
     """
     folder = os.path.join(data_dir, dataset)
-    finish_swap(data_dir, dataset)
     try:
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
             meta = json.load(f)
@@ -51,21 +49,12 @@ def open_bins(data_dir, dataset):
         if not np.isfinite(numbers).all() or not meta['checksums']:
             raise ValueError("meta.json has numbers that are none")
     except OSError as e:
-        raise UserError(f"cannot read {e.filename}: {e.strerror}; to make it, run: "
-                        f"python prepare.py --dataset={dataset}, or the command at the top of its "
-                        f"config file; in training --dataset is the name of a folder in {data_dir}"
-                        ) from None
+        raise UserError(f"cannot read {e.filename}: {e.strerror}; --dataset is the name of a set "
+                        f"made before, by python prepare.py --dataset={dataset} or the command at "
+                        "the top of its config file") from None
     except Exception as e:      # a damaged file can raise nearly anything
         raise UserError(f"{folder} is damaged ({one_line(e)}); prepare the dataset again") from None
     return meta
-
-
-def finish_swap(data_dir, name):
-    """Put a set back that prepare.py had moved aside when it was killed between its two renames."""
-    folder = os.path.join(data_dir, name)
-    if not os.path.exists(folder):
-        with contextlib.suppress(FileNotFoundError):    # nothing aside, or another rank was faster
-            os.replace(os.path.join(data_dir, f'.{name}.old'), folder)
 
 
 def check_bins(meta, config):
@@ -123,9 +112,6 @@ def get_rows(meta, split, rows, c):
         row = np.concatenate((condition, target))[:c.max_length]
         ids[i, :len(row)] = row
         valid[i, :len(row)] = cond[i, :len(condition)] = True
-    if ids.max() >= meta['vocab_size']:
-        raise UserError(f"{data.filename} has token id {ids.max()}, the vocabulary has "
-                        f"{meta['vocab_size']}; prepare the dataset again")
     return tuple(map(torch.from_numpy, (ids, valid, cond)))
 
 
@@ -217,11 +203,12 @@ def read_lines(file):
     """Lines of a UTF-8 file, perhaps compressed (.gz, ...). UserError names file and line."""
     from fsspec.implementations.local import LocalFileSystem
     n = 0
+    how = dict(encoding='utf-8-sig', errors='surrogateescape', compression='infer')
     try:
-        with LocalFileSystem().open(file, compression='infer') as f:
+        with LocalFileSystem().open(file, 'rt', **how) as f:
             for n, line in enumerate(f, 1):
-                encoding = 'utf-8-sig' if n == 1 else 'utf-8'
-                yield line.decode(encoding).replace('\r\n', '\n').replace('\r', '\n')
+                line.encode()       # what is no UTF-8 fails here, where its line is known
+                yield line
     except Exception as e:      # each compression has errors of its own
         raise UserError(f"cannot read {file}, line {n}: {one_line(e)}; it must be text in UTF-8, "
                         "perhaps compressed as its name says") from None
@@ -236,8 +223,7 @@ def read_jsonl(file):
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError("a list or a value")
-            if '\\u' in line:       # half a surrogate pair is valid JSON and no text
-                json.dumps(row, ensure_ascii=False).encode()
+            json.dumps(row, ensure_ascii=False).encode()    # half a surrogate pair is no text
         except (ValueError, RecursionError) as e:
             raise UserError(f"{file}, line {n} is no JSON object ({e})") from None
         yield f"{file}, line {n}", row

@@ -6,6 +6,7 @@ out is the default of their class, not what the published models were trained wi
 """
 import os
 import re
+from pathlib import Path
 
 import torch
 
@@ -23,9 +24,8 @@ def to_official_names(state):
     """Weights under our names -> copies under the official names and in their layouts."""
     official = {}
     for name, x in state.items():
-        if name in OFFICIAL_WEIGHTS and x.ndim == 2:
-            x = x.T
-        copy = x.detach().clone(memory_format=torch.contiguous_format)
+        x = x.t() if name in OFFICIAL_WEIGHTS else x        # a bias stays as it is
+        copy = x.clone(memory_format=torch.contiguous_format)
         official[OFFICIAL_WEIGHTS.get(name, name)] = copy
     return official
 
@@ -35,20 +35,20 @@ def from_official_names(state):
     ours = {official: name for name, official in OFFICIAL_WEIGHTS.items()}
     renamed = {}
     for name, x in state.items():
-        name = re.sub(r'^(_orig_mod\.|module\.)+', '', str(name))       # torch.compile, DDP
+        name = re.sub(r'^(_orig_mod\.|module\.)+', '', name)    # torch.compile, DDP
         if isinstance(x, torch.Tensor):
-            renamed[ours.get(name, name)] = x.T if name in ours and x.ndim == 2 else x
+            renamed[ours.get(name, name)] = x.t() if name in ours else x
     return renamed
 
 
 def read_sizes(state):
     """The sizes of the ELF that these weights, under our names, are of. Raises if of none."""
-    D, head = state['t_emb_tokens'].shape[-1], state['blocks.0.attn.q_norm.weight'].numel()
+    D = state['t_emb_tokens'].shape[-1]
     layers = {int(name.split('.')[1]) for name in state if name.startswith('blocks.')}
     return dict(
         n_layer=max(layers) + 1,
         n_embd=D,
-        n_head=D // head if D % head == 0 else 1,       # 1: q_norm will not fit
+        n_head=D // len(state['blocks.0.attn.q_norm.weight']),
         vocab_size=len(state['unembed.bias']),
         latent_dim=len(state['self_cond_proj.bias']),
         bottleneck=len(state['text_proj.proj1.weight']),
@@ -90,15 +90,14 @@ SAMPLING_DEFAULTS = dict(sampling_method='ode', num_sampling_steps=[50], cfgs=[1
 
 def read_config_yml(path, sizes):
     """The official config.yml beside a checkpoint -> settings for an ELFConfig, without sizes."""
-    file = os.path.join(os.path.dirname(path), 'config.yml')
+    file = Path(path).with_name('config.yml')
     unconditional = UNCONDITIONAL if sizes['n_layer'] <= 12 else UNCONDITIONAL_LARGE
     if not os.path.lexists(file):
         print(f"no config.yml beside {path}: taking the published OpenWebText settings")
         return sampler_settings(unconditional)
     import yaml
-    with from_hub('not readable as the official settings', file):
-        with open(file, encoding='utf-8') as f:
-            official = yaml.safe_load(f) or {}
+    with from_hub('not readable as the official settings', str(file)):
+        official = yaml.safe_load(file.read_bytes()) or {}
         official = {k: v for k, v in official.items() if v is not None}
         # str: PyYAML reads 5e-2 as text, and float(True) is a number
         settings = {name: type(default)(str(official.get(key, default)))
@@ -110,14 +109,14 @@ def read_config_yml(path, sizes):
 
 def read_samplers(official, unconditional):
     """The samplers by number of steps that a config.yml has, or those of the file it names."""
-    named = os.path.basename(official.get('sampling_configs_path', ''))
+    named = official.get('sampling_configs_path', '')
     if 'sampling_configs' not in official:
-        # the first two are settings of progressive distillation
-        if 'teacher_path' in official or 'pd_step_size' in official or 'fewstep' in named:
+        # the two are settings of progressive distillation
+        if official.keys() & {'teacher_path', 'pd_step_size'} or 'fewstep' in named:
             return FEW_STEP
-        if named.startswith('uncond'):
+        if 'uncond' in named:
             return unconditional
-        if named.startswith('cond') or official.get('max_input_length'):
+        if official.get('max_input_length'):
             return CONDITIONAL
     samplers = {}
     for entry in official.get('sampling_configs', [{}]):

@@ -106,7 +106,7 @@ def test_msgpack(pair, tmp_path, capsys):
     assert same(dst / 'checkpoint_12', *pair)
     assert files == ['checkpoint_12', 'config.yml', 'model.safetensors']
     assert ELF.from_pretrained(str(dst)).config.latent_std == 0.5
-    with pytest.raises(UserError, match='exists already'):
+    with pytest.raises(UserError, match='could not write .*not empty'):
         convert.main(source, str(dst))
     assert sorted(os.listdir(dst)) == files
     only = pack(tmp_path / 'checkpoint_13', params=flax(pair[0]))
@@ -192,34 +192,6 @@ def test_lightning_of_other_sizes(sizes, tmp_path, capsys):
     convert.main(str(tmp_path / 'b'), str(tmp_path / 'c'))
     assert ELF.from_pretrained(str(tmp_path / 'c')).config == c
 
-
-@pytest.mark.parametrize('step, want', [
-    ({}, 7), (dict(_my_opt_step=None), 14), (dict(_my_opt_step=None, global_step=None), 0)])
-def test_steps_of_lightning(pair, step, want, tmp_path):
-    lightning(tmp_path / 'last.ckpt', *pair, 7, **step)
-    assert f'checkpoint_{want}' in convert_all(tmp_path, tmp_path / 'a')
-
-
-@pytest.mark.parametrize('ema_at', ['state_dict', 'callback', 'ema_pytorch'])
-def test_other_lightning_layouts(pair, ema_at, tmp_path, capsys):
-    """Official names in other places: the GELU is the official one as well."""
-    ckpt = {'pytorch-lightning_version': '2', 'global_step': 7}
-    ckpt['state_dict'] = {'model.net.' + k: x for k, x in pair[0].items()}
-    if ema_at == 'callback':
-        place = 'callbacks.EMA.ema_weights.'
-        ckpt['callbacks'] = {'EMA': {'ema_weights': pair[1]}}
-    else:
-        place = 'state_dict.ema.ema_model.' if ema_at == 'ema_pytorch' else 'state_dict.ema.net.'
-        ckpt['state_dict'] |= {place[11:] + k: x for k, x in pair[1].items()}
-    if ema_at == 'ema_pytorch':
-        ckpt['state_dict'] |= {'ema.online_model.' + k: x for k, x in pair[0].items()}
-        ckpt['state_dict']['ema.initted'] = torch.tensor(True)
-    torch.save(ckpt, tmp_path / 'x.ckpt')
-    convert.main(str(tmp_path), str(tmp_path / 'a'))
-    assert repr(place) in capsys.readouterr().out
-    assert same(tmp_path / 'a' / 'checkpoint_7', *pair)
-    assert ELF.from_pretrained(str(tmp_path / 'a')).config.gelu == 'tanh'
-
 # --------------------------------------------------------------------------------------------------
 # ours
 
@@ -264,7 +236,7 @@ def test_an_export_is_whole(bins, tmp_path, run):
     # two models are never mixed in one folder
     (tmp_path / 'c').mkdir()
     shutil.copytree(bins / 'tiny' / 'encoder', tmp_path / 'c' / 'tokenizer')
-    with pytest.raises(UserError, match='/c exists already'):
+    with pytest.raises(UserError, match='could not write .*/c: .*not empty'):
         convert.main(str(tmp_path / 'moved'), str(tmp_path / 'c'))
     assert os.listdir(tmp_path / 'c') == ['tokenizer']
 
