@@ -32,7 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from model import ELFConfig, TextEncoder
-from parts.data import (FILES, batched, get_rows, load_tokenizer, open_bins,
+from parts.data import (FILES, batched, finish_swap, get_rows, load_tokenizer, open_bins,
                         open_split, read_jsonl, read_lines, read_row, sha256, write_jsonl,
                         write_split)
 from parts.process import from_hub, one_line
@@ -557,12 +557,13 @@ def make_set(folder, files, names, settings):
 
 
 def check():
-    """All that is refused before anything is read."""
+    """All that is refused before anything is read; a set that a kill left aside is put back."""
     if max_length < 2:
         raise UserError("max_length starts at 2, as EOS is one of a row's tokens")
     if not re.fullmatch(r'[^./\\][^/\\]*', name):
         raise UserError(f"name={name!r}: must be one folder's name, without slashes; "
                         "--data_dir says where")
+    finish_swap(data_dir, name)
     final = Path(data_dir, name)
     if final.is_symlink() or final.exists() and not (final / 'meta.json').exists():
         raise UserError(f"{final} is there already, and is a link or holds no bins (no meta.json); "
@@ -570,7 +571,7 @@ def check():
 
 
 def swap_in(folder):
-    """Put the new set in the place of the old, which is there until the new one is whole."""
+    """Put the new set in the place of the old; finish_swap mends what a kill in between leaves."""
     final, old = Path(data_dir, name), Path(data_dir, f'.{name}.old')
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():

@@ -5,9 +5,11 @@ ckpt.pt and the one before it, ckpt_prev.pt, are written whole or not at all and
 needs to go on, in tensors and plain types only. A tokenizer and an encoder that are no names on the
 hub lie beside them, in tokenizer/ and encoder/, so that the folder can be moved and used anywhere.
 """
+import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import zipfile
 from contextlib import contextmanager
@@ -177,9 +179,10 @@ def check_resume(path, ckpt, config):
 
 def begin_run(out_dir, resumed, config, c):
     """
-    From here on files are written: lock out_dir, put the run aside that is not resumed, copy
-    tokenizer and encoder -> the lock; log(iter=.., **numbers), a line of metrics.jsonl and perhaps
-    of Weights & Biases; the model's settings for its checkpoints. Only the first rank writes.
+    From here on files are written: lock out_dir, put the run aside that is not resumed, write
+    settings.json, copy tokenizer and encoder -> the lock; log(iter=.., **numbers), a line of
+    metrics.jsonl and perhaps of Weights & Biases; the model's settings for its checkpoints. Only
+    the first rank writes.
     """
     if device.rank_and_world()[0]:
         return None, lambda **numbers: None, None
@@ -197,6 +200,8 @@ def begin_run(out_dir, resumed, config, c):
         # damaged: the next save must not let it replace the good one before it
         os.replace(f'{out_dir}/ckpt.pt', f'{out_dir}/damaged_ckpt.pt')
     model_args = asdict(carry(c, out_dir))
+    settings = dict(config=config, command=sys.argv, torch=torch.__version__)
+    Path(out_dir, 'settings.json').write_text(json.dumps(settings, indent=1))
     metrics = open(f'{out_dir}/metrics.jsonl', 'a', encoding='utf-8', buffering=1)
     metrics.write('\n' if resumed else '')      # ends a line that a kill may have cut
 

@@ -11,6 +11,7 @@ A row is condition then target, each with its EOS; unconditional rows have an em
 import hashlib
 import json
 import os
+from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 
@@ -33,6 +34,7 @@ def open_bins(data_dir, dataset):
     load. UserError if it is gone, or if the bins are not of the sizes that it speaks of.
     """
     folder = os.path.join(data_dir, dataset)
+    finish_swap(data_dir, dataset)
     try:
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
             meta = json.load(f)
@@ -55,6 +57,14 @@ def open_bins(data_dir, dataset):
     except Exception as e:      # a damaged file can raise nearly anything
         raise UserError(f"{folder} is damaged ({one_line(e)}); prepare the dataset again") from None
     return meta
+
+
+def finish_swap(data_dir, name):
+    """Put a set back that prepare.py had moved aside when it was killed between its two renames."""
+    folder, old = os.path.join(data_dir, name), os.path.join(data_dir, f'.{name}.old')
+    if os.path.isdir(old) and not os.path.exists(folder):
+        with suppress(FileNotFoundError):       # another rank was faster
+            os.replace(old, folder)
 
 
 def check_bins(meta, config):

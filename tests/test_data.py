@@ -53,6 +53,12 @@ def test_open_bins(tiny_set):
     assert ids.shape == (24 * 13,) and index.shape == (24, 2)
 
 
+def test_a_swap_that_was_cut_short_is_finished(tiny_set):
+    tiny_set.rename(tiny_set.parent / '.tiny.old')
+    assert open_bins(str(tiny_set.parent), 'tiny')['rows']['val'] == 24
+    assert os.listdir(tiny_set.parent) == ['tiny']
+
+
 @pytest.mark.parametrize('changes, says', [
     (dict(dtype='int8'), 'damaged'), (dict(dtype='uint32'), 'train is not of the sizes'),
     (dict(rows=3), 'damaged'), (dict(rows=dict(train=95, val=24)), 'train is not of the sizes'),

@@ -286,8 +286,10 @@ def test_stories_one_a_row(make, tmp_path, tok):
     ('Ж'.encode() * 9000, 'keeps more than'),
     (b'ok\nbad \xff byte', 'line 2: .*dcff.* in UTF-8')])
 def test_texts_that_are_refused_leave_the_old_bins(make, tmp_path, text, content, says):
+    """Also where a kill between the two renames had left them aside."""
     file = write(tmp_path / 'my.txt', text)
     meta = make(file)
+    os.replace(tmp_path / 'data' / 'my', tmp_path / 'data' / '.my.old')
     file.unlink()
     if content is not None:
         file.write_bytes(content)
