@@ -27,8 +27,8 @@ from model import (ELF, SIZES, ELFConfig, TextEncoder, compute_loss, draw, encod
                    estimate_flops)
 from parts import checkpoint as on_disk
 from parts.data import check_bins, check_vocabulary, get_rows, open_bins, row_seed, rows_at
-from parts.device import (TIME_IS_UP, autocast, compile_in_place, gather, mean_over_ranks,
-                          note_signals, peak_flops, print0, rank_and_world, should_stop, start)
+from parts.device import (DTYPES, autocast, compile_in_place, gather, mean_over_ranks, note_signals,
+                          peak_flops, print0, rank_and_world, should_stop, start)
 from parts.distill import distill_loss, draw_student, load_teacher
 from parts.muon import make_optimizer
 from sample import GRIDS, SAMPLERS
@@ -116,7 +116,8 @@ seed = 42                   # of initial weights, row order and all draws
 
 # configure() sees to these; other numbers start at 0
 CHOICES = dict(optimizer=('muon', 'adamw'), lr_schedule=('constant', 'cosine'), grid=GRIDS,
-               ns_dtype=('float32', 'bfloat16'), pad_token=('pad', 'eos'), sampler=SAMPLERS)
+               ns_dtype=('float32', 'bfloat16'), pad_token=('pad', 'eos'), sampler=SAMPLERS,
+               dtype=DTYPES)
 AT_LEAST_1 = ('batch_size', 'gradient_accumulation_steps', 'max_length', 'max_iters', 'steps',
               'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'n_layer',
               'n_embd', 'n_head', 'bottleneck', 'n_time', 'n_scale', 'n_mode')
@@ -132,7 +133,7 @@ READ_WITH = dict(
 
 def check(world):
     """UserError for settings that make no sense together."""
-    if n_embd % n_head or n_embd // n_head % 2:
+    if n_embd % (2 * n_head):
         raise UserError(f"n_embd={n_embd} does not split into n_head={n_head} heads of even width")
     if gradient_accumulation_steps % world:
         raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} does not "
@@ -194,9 +195,9 @@ if __name__ == '__main__':
     # ---- model, average, optimizer --------------------------------------------------------------
     torch.manual_seed(seed)
     from_bins = ('vocab_size', 'latent_dim', 'encoder', 'tokenizer', 'latent_mean', 'latent_std')
-    sizes = ckpt.get('model_args', {})      # those of the weights, if there are any
     settings = config | {name: meta[name] for name in from_bins}
-    settings |= {name: sizes[name] for name in SIZES if name in sizes}
+    # the sizes are those of the weights, if there are any
+    settings |= {name: x for name, x in ckpt.get('model_args', {}).items() if name in SIZES}
     c = ELFConfig(**{f.name: settings[f.name] for f in fields(ELFConfig) if f.name in settings})
     raw_model = ELF(c)
     if ckpt:
@@ -256,13 +257,12 @@ if __name__ == '__main__':
         print0(f"iter {iter_num}: {describe_val(val)}", flush=True)
         log(iter=iter_num, **{'val_' + k: v for k, v in val.items()})
 
-    def save():
+    def save(keep_as=''):
         if master:
-            keep = keep_interval and iter_num % keep_interval == 0
             on_disk.save_checkpoint(out_dir, dict(
                 config=config, model_args=model_args, model=raw_model.state_dict(),
                 ema=ema.state_dict(), optimizer=opt.state_dict(), iter_num=iter_num,
-                rows_seen=iter_num * rows_per_step), keep_as=f'ckpt_{iter_num}.pt' if keep else '')
+                rows_seen=iter_num * rows_per_step), keep_as)
 
     def due(interval):
         return interval and (iter_num % interval == 0 or iter_num == max_iters)
@@ -270,7 +270,7 @@ if __name__ == '__main__':
     # ---- the loop -------------------------------------------------------------------------------
     flops = estimate_flops(c, max_length) * rows_per_step / world
     peak = None if teacher else peak_flops(about)       # a teacher's passes are not estimated
-    stopped, bad_steps, step_seconds = 0, 0, []
+    stopped, bad_steps, step_seconds = '', 0, []
     note_signals()
     if not resumed:
         validate()
@@ -333,7 +333,9 @@ if __name__ == '__main__':
             step_seconds.clear()
         if due(eval_interval):
             validate()
-        if due(save_interval) or due(keep_interval):
+        if due(keep_interval):
+            save(f'ckpt_{iter_num}.pt')
+        elif due(save_interval):
             save()
         if due(sample_interval):
             with ctx:
@@ -343,19 +345,15 @@ if __name__ == '__main__':
     loader.shutdown()
     if stopped:
         save()
-    if master:
-        plot_losses(out_dir)
-    if stopped:
-        why = 'max_minutes' if stopped == TIME_IS_UP else signal.Signals(stopped).name
-        print0(f"stopped at iteration {iter_num} ({why}), saved in {out_dir}; "
+        print0(f"stopped at iteration {iter_num} ({stopped}), saved in {out_dir}; "
                "go on with --init_from=resume")
     else:
         given = ' --input="..."' if max_input_length else ''
         print0(f"done: {out_dir}/ckpt.pt, metrics.jsonl, loss.png; "
                f"next: python sample.py --out_dir={shlex.quote(out_dir)}{given} --trace=8")
+    if master:
+        plot_losses(out_dir)
     if world > 1:
         dist.destroy_process_group()
-    if lock:
-        lock.close()
-    if 0 < stopped < TIME_IS_UP:
-        sys.exit(128 + stopped)     # as shells have it
+    if hasattr(signal, stopped):
+        sys.exit(128 + getattr(signal, stopped))        # as shells have it

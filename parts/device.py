@@ -2,6 +2,7 @@
 import os
 import signal
 import time
+from collections import defaultdict
 from datetime import timedelta
 from functools import partial
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from parts.process import UserError, one_line, rank_and_world
 
+DTYPES = ('auto', 'float32', 'bfloat16')
 IN_BACKGROUND = ('cuda',)      # see to_device
 # dense bfloat16 peak of a GPU in FLOP/s, for the fraction of it that a run reaches
 PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
@@ -18,8 +20,8 @@ PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, '
 
 def pick_device(device, dtype):
     """
-    Names or 'auto' -> torch.device, whether to compute in bfloat16, both in words with the reason.
-    'auto': the first of cuda, mps, cpu that is there; bfloat16 where it is fast. UserError.
+    Names, dtype of DTYPES -> torch.device, whether to compute in bfloat16, both in words with the
+    reason. 'auto': the first of cuda, mps, cpu that is there; bfloat16 where it is fast. UserError.
     """
     mps = torch.backends.mps.is_available()
     best = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
@@ -36,10 +38,7 @@ def pick_device(device, dtype):
     elif found.type == 'cpu':
         name = f'{torch.get_num_threads()} threads'
         fast = torch.cpu._is_avx512_bf16_supported()
-    kinds = dict(auto=fast, float32=False, bfloat16=True)
-    if dtype not in kinds:
-        raise UserError(f"dtype={dtype!r} is not one of {', '.join(kinds)}")
-    bf16 = kinds[dtype]
+    bf16 = fast if dtype == 'auto' else dtype == 'bfloat16'
     about = (f"{found} {name}, {'bfloat16 autocast' if bf16 else 'float32'} "
              f"(dtype={dtype}, {'fast' if fast else 'no fast'} bfloat16 here)")
     if found.type == 'cuda':
@@ -156,16 +155,15 @@ def gather(x):
 def mean_over_ranks(losses):
     """{name: scalars on the device} of each rank -> {name: mean over all of them}; it waits."""
     mine = {name: torch.stack(values).tolist() for name, values in losses.items()}
-    everyone = {}
+    everyone = defaultdict(list)
     for share in gather(mine):
         for name, values in share.items():
-            everyone.setdefault(name, []).extend(values)
+            everyone[name] += values
     return {name: sum(values) / len(values) for name, values in everyone.items()}
 
 # -------------------------------------------------------------------------------------------------
 # signals: those that ask a run to stop
 
-TIME_IS_UP = 1000   # a reason to stop, beside the numbers of signals
 signals = []        # numbers of those that came
 saving = False      # whether a checkpoint is being written
 
@@ -192,9 +190,9 @@ def note_signals():
 
 
 def should_stop(started, max_minutes):
-    """The number of a signal that any rank got, or TIME_IS_UP, or 0; the same on every rank."""
+    """Why: the name of a signal that any rank got, 'max_minutes', or ''; the same on all ranks."""
     late = max_minutes and time.monotonic() - started > 60 * max_minutes
-    reason = torch.tensor(signals[0] if signals else TIME_IS_UP if late else 0)
-    if host_group:
-        dist.all_reduce(reason, dist.ReduceOp.MAX, group=host_group)
-    return reason.item()
+    why = 'max_minutes' if late else ''
+    if signals:
+        why = signal.Signals(signals[0]).name
+    return max(gather(why))
