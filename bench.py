@@ -112,7 +112,7 @@ if __name__ == '__main__':
         T5EncoderModel(T5Config(vocab_size=32128, d_model=c.latent_dim)).save_pretrained(folder)
         encoder = TextEncoder(folder, c.latent_mean, c.latent_std).to(device)
     compiled = compile and compile_in_place(model, encoder, device=device)
-    print(f"device: {about}, compile {'on' if compiled else 'off'}; {size}")
+    print(f"{size} on {about}")
     report = config | dict(device=about, compile=compiled)
     step = make_step(model, encoder, ctx)
     # compiled, each count of rows is a graph of its own: most of them before the clock starts

@@ -167,8 +167,11 @@ if __name__ == '__main__':
     max_iters = max(1, int(max_epochs * epoch)) if max_epochs else max_iters
     warmup_iters = int(warmup_epochs * epoch) if warmup_epochs else warmup_iters
     learning_rate = learning_rate or 0.001 * rows_per_step / 256
+    width = math.sqrt(meta['latent_dim'] / 512)
     # what a checkpoint keeps and a resume compares: the settings, what ran them, the bins
     config |= dict(max_iters=max_iters, warmup_iters=warmup_iters, learning_rate=learning_rate,
+                   noise_scale=noise_scale or 2 * width,
+                   decoder_noise_scale=decoder_noise_scale or 5 * width,
                    ranks=world, device=device.type, bf16=bf16, bins=on_disk.fingerprint(meta))
     if any(bins != config['bins'] for bins in gather(config['bins'])):
         raise UserError(f"the ranks see different bins in {meta['dir']}: prepare them once and "
@@ -181,11 +184,7 @@ if __name__ == '__main__':
     resumed, ckpt = '', {}      # the path of a checkpoint, what is in it
     if init_from == 'resume':
         resumed, ckpt = on_disk.newest_checkpoint(out_dir)
-    iter_num, was = ckpt.get('iter_num', 0), ckpt.get('config', {})
-    # noise by the width of the latents, unless it is given, or that of the run that goes on
-    width = math.sqrt(meta['latent_dim'] / 512)
-    config['noise_scale'] = noise_scale or was.get('noise_scale', 2 * width)
-    config['decoder_noise_scale'] = decoder_noise_scale or was.get('decoder_noise_scale', 5 * width)
+    iter_num = ckpt.get('iter_num', 0)
     notes = on_disk.check_resume(resumed, ckpt, config) if resumed else []
     if init_from not in ('resume', 'scratch'):
         model = ELF.from_pretrained(init_from)
@@ -355,5 +354,7 @@ if __name__ == '__main__':
         plot_losses(out_dir)
     if world > 1:
         dist.destroy_process_group()
+    if lock:
+        lock.close()
     if hasattr(signal, stopped):
         sys.exit(128 + getattr(signal, stopped))        # as shells have it

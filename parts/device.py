@@ -85,24 +85,25 @@ def compile_in_place(*modules, device):
 
 def pack_linears(model, bf16):
     """
-    For sampling on an x86 CPU: products by oneDNN from weights in its own layout, in the types that
-    autocast would pick, but faster. Where oneDNN is missing nothing changes.
+    For sampling alone, on an x86 CPU: products by oneDNN from weights in its own layout, in the
+    types that autocast would pick, but faster. Where oneDNN is missing nothing changes.
     """
     on_x86 = model.mode_tokens.device.type == 'cpu' and torch.backends.mkl.is_available()
     if not on_x86 or bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
 
-    def product(x, weight, bias, dtype):
-        return torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, 'none', [], '')
+    def product(x, weight, bias):
+        x = x.to(weight.dtype)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
 
+    model.requires_grad_(False)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             # ELF.forward keeps its ends in float32
-            dtype = torch.bfloat16 if bf16 and name.startswith('blocks.') else torch.float32
-            weight = module.weight.detach().to(dtype)
-            bias = None if module.bias is None else module.bias.detach().to(dtype)
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-            module.forward = partial(product, weight=packed, bias=bias, dtype=dtype)
+            if bf16 and name.startswith('blocks.'):
+                module.bfloat16()
+            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight, None)
+            module.forward = partial(product, weight=packed, bias=module.bias)
 
 # -------------------------------------------------------------------------------------------------
 # ranks: the processes of a torchrun, one a GPU
@@ -117,11 +118,12 @@ def start(device, dtype):
     """
     global host_group
     rank, world = rank_and_world()
-    if world > 1 and device.startswith('cuda:'):
-        raise UserError(f"device={device!r} names one GPU for {world} ranks; give --device=cuda, "
-                        "each rank takes its own")
-    if world > 1 and device in ('auto', 'cuda') and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if world > 1:
+        if device.startswith('cuda:'):
+            raise UserError(f"device={device!r} names one GPU for {world} ranks; "
+                            "give --device=cuda, each rank takes its own")
+        if device in ('auto', 'cuda') and torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device, bf16, about = pick_device(device, dtype)
     if device.type == 'cuda':
         torch.cuda.set_device(device.index or 0)        # 'cuda' alone has none

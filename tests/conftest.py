@@ -89,8 +89,6 @@ def run(monkeypatch, capsys):
         handlers = {number: signal.getsignal(number) for number in numbers}
         try:
             run.globals = runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
-            if 'lock' in run.globals:
-                run.globals['lock'].close()         # as the end of its process would
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
