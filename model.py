@@ -486,10 +486,10 @@ class TextEncoder(nn.Module):
                 raise UserError(f"rows of {T} tokens with conditions are too long for this encoder,"
                                 f" whose tokens see only {self.window} around them")
             query, key = cond_mask.bool()[:, :, None], cond_mask.bool()[:, None, :]
-            see = torch.where(query, key, valid_mask.bool()[:, None, :])    # (B, T query, T key)
+            see = valid_mask.bool()[:, None, :]
             if drop_cond is not None:
-                drop = to_device(drop_cond, ids.device)[:, None, None]
-                see = see & ~(drop & ~query & key)
+                see = see & ~(key & to_device(drop_cond, ids.device)[:, None, None])
+            see = torch.where(query, key, see)                      # (B, T query, T key)
             if self.causal:
                 see = see.tril()
             # additive floats in 4-D: the one form of who sees whom that is right under every

@@ -246,7 +246,7 @@ if __name__ == '__main__':
 
     texts = sample_texts(model, tokenizer, range(len(tasks)), batch_size, seed, device, sampling,
                          given, encoder, take_frame)
-    bar = tqdm(texts, total=len(tasks), desc='texts', disable=bool(trace) or None)
+    bar = tqdm(texts, total=len(tasks), disable=bool(trace) or None)
     on_signals(signal.default_int_handler)          # all of them as Ctrl-C
     try:
         with autocast(device, bf16):

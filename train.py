@@ -193,8 +193,7 @@ if __name__ == '__main__':
 
     # ---- model, average, optimizer --------------------------------------------------------------
     torch.manual_seed(seed)
-    from_bins = ('vocab_size', 'latent_dim', 'encoder', 'tokenizer', 'latent_mean', 'latent_std')
-    settings = config | {name: meta[name] for name in from_bins}
+    settings = meta | config | dict(encoder=meta['encoder'], tokenizer=meta['tokenizer'])
     # the sizes are those of the weights, if there are any
     settings |= {name: x for name, x in ckpt.get('model_args', {}).items() if name in SIZES}
     c = ELFConfig(**{f.name: settings[f.name] for f in fields(ELFConfig) if f.name in settings})
