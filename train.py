@@ -87,8 +87,7 @@ distill_substeps = 0        # the teacher's steps in one of the student's
 optimizer = 'muon'          # 'muon' (Nesterov Adam for what is not a matrix) or 'adamw' (0.9, 0.95)
 ns_dtype = 'float32'        # of Muon's Newton-Schulz; 'bfloat16' is faster on GPUs and less exact
 learning_rate = 0.0         # peak, of all parameters; 0.0 = 0.001 * rows per step / 256
-lr_schedule = 'constant'    # after the warm-up: 'constant' or 'cosine' down to min_lr at max_iters
-min_lr = 0.0
+lr_schedule = 'constant'    # after the warm-up: 'constant' or 'cosine', down to 0 at max_iters
 weight_decay = 0.0          # of adamw
 grad_clip = 1.0             # largest gradient norm, 0.0 = off
 max_iters = 95085           # optimizer steps: 5 epochs of 19,017
@@ -128,7 +127,7 @@ MAY_BE_NEGATIVE = ('t_mean', 'decoder_mean')
 READ_WITH = dict(
     distill_steps='teacher', distill_substeps='teacher', cfg='max_input_length',
     drop_cond_prob='max_input_length', ns_dtype='optimizer=muon', weight_decay='optimizer=adamw',
-    min_lr='lr_schedule=cosine', wandb_project='wandb_log')
+    wandb_project='wandb_log')
 
 
 def check(world):
@@ -147,7 +146,7 @@ def get_lr(i):
     if lr_schedule == 'constant':
         return learning_rate
     done = (i - warmup_iters) / (max_iters - warmup_iters)
-    return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (learning_rate - min_lr)
+    return 0.5 * (1 + math.cos(math.pi * done)) * learning_rate
 
 
 if __name__ == '__main__':

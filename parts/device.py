@@ -21,17 +21,16 @@ PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, '
 def pick_device(device, dtype):
     """
     Names, dtype of DTYPES -> torch.device, whether to compute in bfloat16, both in words with the
-    reason. 'auto': the first of cuda, mps, cpu that is there; bfloat16 where it is fast. UserError.
+    reason. 'auto': the GPU if there is one; bfloat16 where it is fast. UserError.
     """
-    mps = torch.backends.mps.is_available()
-    best = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+    best = torch.accelerator.current_accelerator(check_available=True) or 'cpu'
     try:
         found = torch.device(best if device == 'auto' else device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError):
         raise UserError(f"device={device!r} is not available here; --device=auto takes {best}"
                         ) from None
-    name, fast = 'Apple GPU', False
+    name, fast = 'GPU', False
     if found.type == 'cuda':
         name = torch.cuda.get_device_name(found)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -108,15 +107,11 @@ def pack_linears(model, bf16):
 # -------------------------------------------------------------------------------------------------
 # ranks: the processes of a torchrun, one a GPU
 
-host_group = None       # all ranks, over gloo: for what must not wait for the GPU; None: one rank
-
-
 def start(device, dtype):
     """
     Where this process runs, and its place among the ranks of a torchrun, if any -> torch.device,
     whether to compute in bfloat16, both in words. device, dtype: the settings. UserError.
     """
-    global host_group
     rank, world = rank_and_world()
     if world > 1:
         if device.startswith('cuda:'):
@@ -133,10 +128,10 @@ def start(device, dtype):
         store, _, _ = next(dist.rendezvous('env://'))
         if os.environ.get('LOCAL_WORLD_SIZE') == str(world):
             store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
+        # gloo for what lies on the CPU, as in gather(): it does not wait for the GPU
+        backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         patience = timedelta(hours=2)       # one rank may download a model while the others wait
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store,
-                                rank=rank, world_size=world, timeout=patience)
-        host_group = dist.new_group(backend='gloo', timeout=patience)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     return device, bf16, about
 
 
@@ -147,10 +142,10 @@ def print0(*args, **kwargs):
 
 def gather(x):
     """Every rank's x, any plain object, in order of the ranks -> list; [x] of one rank."""
-    if host_group is None:
+    if not dist.is_initialized():
         return [x]
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, x, group=host_group)
+    dist.all_gather_object(everyone, x)
     return everyone
 
 
