@@ -45,8 +45,8 @@ def timed(f, warm=1):
     for _ in range(warm + runs):
         began = time.perf_counter()
         f()
-        if device.type in ('cuda', 'mps'):
-            getattr(torch, device.type).synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - began)
     return round(1e3 * statistics.median(seconds[warm:]), 2), round(seconds[0], 1)
 

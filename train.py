@@ -180,15 +180,15 @@ if __name__ == '__main__':
     if master:
         init_from = on_disk.where_to_start(init_from, out_dir, overwrite)
     init_from = gather(init_from)[0]
-    resumed, ckpt = '', {}      # the path of a checkpoint, what is in it
+    resumed, ckpt, notes = '', {}, []       # the path of a checkpoint, what is in it, what changed
     if init_from == 'resume':
         resumed, ckpt = on_disk.newest_checkpoint(out_dir)
-    iter_num = ckpt.get('iter_num', 0)
-    notes = on_disk.check_resume(resumed, ckpt, config) if resumed else []
-    if init_from not in ('resume', 'scratch'):
+        notes = on_disk.check_resume(resumed, ckpt, config)
+    elif init_from != 'scratch':
         model = ELF.from_pretrained(init_from)
         check_vocabulary(meta, model.config, init_from)
         ckpt = dict(model_args=asdict(model.config), model=model.state_dict())
+    iter_num = ckpt.get('iter_num', 0)
 
     # ---- model, average, optimizer --------------------------------------------------------------
     torch.manual_seed(seed)

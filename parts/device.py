@@ -162,7 +162,6 @@ def mean_over_ranks(losses):
 # signals: those that ask a run to stop
 
 signals = []        # numbers of those that came
-saving = False      # whether a checkpoint is being written
 
 
 def on_signals(handler):
@@ -175,11 +174,11 @@ def on_signals(handler):
 
 
 def note_signals():
-    """SIGTERM, Ctrl-C and their like ask to save and stop; a third Ctrl-C interrupts, no save."""
+    """SIGTERM, Ctrl-C and their like ask to save and stop; a third Ctrl-C interrupts."""
     def note(number, frame):
         signals.append(number)
         # the second may be of the same Ctrl-C: the terminal and torchrun both send it
-        if signals.count(signal.SIGINT) > 2 and not saving:
+        if signals.count(signal.SIGINT) > 2:
             raise KeyboardInterrupt
 
     signals.clear()
