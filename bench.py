@@ -17,27 +17,25 @@ import torch
 from transformers import T5Config, T5EncoderModel
 
 from model import ELF, MODELS, TextEncoder, compute_loss, draw, encode_rows, estimate_flops
-from parts.device import autocast, compile_in_place, pack_linears, peak_flops, start
+from parts.device import DTYPES, autocast, compile_in_place, pack_linears, peak_flops, start
 from parts.muon import make_optimizer
 from sample import decode, generate, time_grid
 
 # -------------------------------------------------------------------------------------------------
-what = 'train,sample'       # or one of them
 size = 'ELF-B'              # a row of MODELS
 batch_size = 4              # rows of a training step
 max_length = 128            # positions per row
 sample_batch_size = 1       # rows sampled at once
 sample_length = 256
 runs = 5                    # timed, after warming up; medians are printed
-profile = False             # of a training step: its ten largest parts, what the host waits for
+profile = False             # of a training step: its ten largest parts
 ns_dtype = 'float32'        # of Muon's Newton-Schulz
 device = 'auto'
 dtype = 'auto'
 compile = False
 # -------------------------------------------------------------------------------------------------
 
-CHOICES = dict(what=('train,sample', 'train', 'sample'), size=tuple(MODELS),
-               ns_dtype=('float32', 'bfloat16'))
+CHOICES = dict(size=tuple(MODELS), ns_dtype=('float32', 'bfloat16'), dtype=DTYPES)
 AT_LEAST_1 = ('batch_size', 'max_length', 'sample_batch_size', 'sample_length', 'runs')
 
 
@@ -47,8 +45,8 @@ def timed(f, warm=1):
     for _ in range(warm + runs):
         began = time.perf_counter()
         f()
-        if device.type in ('cuda', 'mps'):
-            getattr(torch, device.type).synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - began)
     return round(1e3 * statistics.median(seconds[warm:]), 2), round(seconds[0], 1)
 
@@ -77,15 +75,11 @@ def make_step(model, encoder, ctx):
 
 
 def profile_step(step):
-    """Where a step's time goes: torch's table, and how often the host waits."""
+    """Where a step's time goes: torch's table."""
     with torch.profiler.profile() as profiler:
         step()
-    events = profiler.key_averages()
     column = 'self_device_time_total' if device.type == 'cuda' else 'self_cpu_time_total'
-    table = events.table(sort_by=column, row_limit=10)
-    waits = {event.key: event.count for event in events if 'Synchronize' in event.key}
-    print(f"{table}\nwaits of the host, one perhaps for this profile: {waits}")
-    return dict(table=table, waits=waits)
+    return profiler.key_averages().table(sort_by=column, row_limit=10)
 
 
 def bench_train(step, c, peak, warm):
@@ -118,22 +112,20 @@ if __name__ == '__main__':
         T5EncoderModel(T5Config(vocab_size=32128, d_model=c.latent_dim)).save_pretrained(folder)
         encoder = TextEncoder(folder, c.latent_mean, c.latent_std).to(device)
     compiled = compile and compile_in_place(model, encoder, device=device)
-    print(f"device: {about}, compile {'on' if compiled else 'off'}; {size}")
+    print(f"{size} on {about}")
     report = config | dict(device=about, compile=compiled)
-    if 'train' in what:
-        step = make_step(model, encoder, ctx)
-        # compiled, each count of rows is a graph of its own: most of them before the clock starts
-        report['train'] = bench_train(step, c, peak_flops(about), 10 if compiled else 2)
-        print(f"train {batch_size} x {max_length}: {report['train']}")
-        if profile:
-            report['profile'] = profile_step(step)
-    if 'sample' in what:
-        model.eval()
-        if not compiled:
-            pack_linears(model, bf16)
-        report['sample'] = bench_sample(model, ctx)
-        print(f"sample {sample_batch_size} x {sample_length}: {report['sample']}")
+    step = make_step(model, encoder, ctx)
+    # compiled, each count of rows is a graph of its own: most of them before the clock starts
+    report['train'] = bench_train(step, c, peak_flops(about), 10 if compiled else 2)
+    print(f"train {batch_size} x {max_length}: {report['train']}")
+    if profile:
+        report['profile'] = profile_step(step)
+        print(report['profile'])
+    model.eval()
+    if not compiled:
+        pack_linears(model, bf16)
+    report['sample'] = bench_sample(model, ctx)
+    print(f"sample {sample_batch_size} x {sample_length}: {report['sample']}")
     if device.type == 'cuda':
-        report['peak_gib'] = torch.cuda.max_memory_allocated() / 2**30
-        print(f"peak memory: {report['peak_gib']:.2f} GiB")
+        report['peak_gib'] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     print(json.dumps(report))

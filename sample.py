@@ -20,8 +20,8 @@ from tqdm import tqdm
 from model import ELF, TextEncoder, velocity
 from parts.checkpoint import make_out_dir
 from parts.data import batched, load_tokenizer, printable, row_seed, write_jsonl
-from parts.device import (autocast, compile_in_place, on_signals, pack_linears, rank_and_world,
-                          start)
+from parts.device import (DTYPES, autocast, compile_in_place, on_signals, pack_linears,
+                          rank_and_world, start)
 from parts.page import check_writable, make_frame, moments, show, write_page
 from parts.prompt import encode_given, known_tokens, read_tasks, texts_in
 
@@ -54,7 +54,7 @@ compile = False             # torch.compile the network: a minute first, then fa
 
 SAMPLERS = ('ode', 'sde', 'sde_exact')
 GRIDS = ('logit_normal', 'quantile', 'uniform')
-CHOICES = dict(sampler=('', *SAMPLERS), grid=('', *GRIDS))
+CHOICES = dict(sampler=('', *SAMPLERS), grid=('', *GRIDS), dtype=DTYPES)
 AT_LEAST_1 = ('num_samples', 'batch_size', 'steps')
 
 
@@ -64,8 +64,7 @@ def time_grid(steps, schedule, config, generator=None):
     'logit_normal' draws them as training does [get_sampling_steps], 'quantile' takes the quantiles
     of that distribution, 'uniform' even spaces.
     """
-    if schedule not in GRIDS:
-        raise UserError(f"grid={schedule!r} is not one of {', '.join(GRIDS)}")
+    assert schedule in GRIDS, f"grid={schedule} is not one of {GRIDS}"
     if schedule == 'uniform':
         return torch.linspace(0, 1, steps + 1)
     if schedule == 'logit_normal':
@@ -89,8 +88,7 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
     drawn from generators (one a row, on z's device), else from the global one. watch(i, t, z) is
     called with what each step starts from, and with the end.
     """
-    if sampler not in SAMPLERS:
-        raise UserError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}")
+    assert sampler in SAMPLERS, f"sampler={sampler} is not one of {SAMPLERS}"
     c, B = model.config, len(z)
     times = times.to(z).expand(B, -1)[..., None, None]                          # (B, steps+1, 1, 1)
     steps = times.shape[1] - 1
@@ -203,13 +201,10 @@ def resolve_sampling(config, steps=-1, sampler='', gamma=-1, w=-1, cfg=-1, grid=
     own = {name: getattr(config, name) for name in given}
     if cfg not in (-1, 1) and not config.max_input_length:
         raise UserError(f"cfg={cfg}: this is a model without conditions; drop it")
-    if steps == -1:
-        steps = config.steps
     # of its own number of steps by_steps says nothing: there the checkpoint's settings are meant
-    if steps != config.steps and steps in config.by_steps:
-        own |= config.by_steps[steps]
-    elif steps < min(8, config.steps):
-        own['gamma'] = 0.0
+    if steps not in (-1, config.steps):
+        few = dict(gamma=0.0) if steps < min(8, config.steps) else {}
+        own |= config.by_steps.get(steps, few)
     return own | {name: value for name, value in given.items() if value not in (-1, '')}
 
 
@@ -251,7 +246,7 @@ if __name__ == '__main__':
 
     texts = sample_texts(model, tokenizer, range(len(tasks)), batch_size, seed, device, sampling,
                          given, encoder, take_frame)
-    bar = tqdm(texts, total=len(tasks), desc='texts', disable=bool(trace) or None)
+    bar = tqdm(texts, total=len(tasks), disable=bool(trace) or None)
     on_signals(signal.default_int_handler)          # all of them as Ctrl-C
     try:
         with autocast(device, bf16):

@@ -27,8 +27,8 @@ from model import (ELF, SIZES, ELFConfig, TextEncoder, compute_loss, draw, encod
                    estimate_flops)
 from parts import checkpoint as on_disk
 from parts.data import check_bins, check_vocabulary, get_rows, open_bins, row_seed, rows_at
-from parts.device import (TIME_IS_UP, autocast, compile_in_place, gather, mean_over_ranks,
-                          note_signals, peak_flops, print0, rank_and_world, should_stop, start)
+from parts.device import (DTYPES, autocast, compile_in_place, gather, mean_over_ranks, note_signals,
+                          peak_flops, print0, rank_and_world, should_stop, start)
 from parts.distill import distill_loss, draw_student, load_teacher
 from parts.muon import make_optimizer
 from sample import GRIDS, SAMPLERS
@@ -87,8 +87,7 @@ distill_substeps = 0        # the teacher's steps in one of the student's
 optimizer = 'muon'          # 'muon' (Nesterov Adam for what is not a matrix) or 'adamw' (0.9, 0.95)
 ns_dtype = 'float32'        # of Muon's Newton-Schulz; 'bfloat16' is faster on GPUs and less exact
 learning_rate = 0.0         # peak, of all parameters; 0.0 = 0.001 * rows per step / 256
-lr_schedule = 'constant'    # after the warm-up: 'constant' or 'cosine' down to min_lr at max_iters
-min_lr = 0.0
+lr_schedule = 'constant'    # after the warm-up: 'constant' or 'cosine', down to 0 at max_iters
 weight_decay = 0.0          # of adamw
 grad_clip = 1.0             # largest gradient norm, 0.0 = off
 max_iters = 95085           # optimizer steps: 5 epochs of 19,017
@@ -116,7 +115,8 @@ seed = 42                   # of initial weights, row order and all draws
 
 # configure() sees to these; other numbers start at 0
 CHOICES = dict(optimizer=('muon', 'adamw'), lr_schedule=('constant', 'cosine'), grid=GRIDS,
-               ns_dtype=('float32', 'bfloat16'), pad_token=('pad', 'eos'), sampler=SAMPLERS)
+               ns_dtype=('float32', 'bfloat16'), pad_token=('pad', 'eos'), sampler=SAMPLERS,
+               dtype=DTYPES)
 AT_LEAST_1 = ('batch_size', 'gradient_accumulation_steps', 'max_length', 'max_iters', 'steps',
               'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'n_layer',
               'n_embd', 'n_head', 'bottleneck', 'n_time', 'n_scale', 'n_mode')
@@ -127,12 +127,12 @@ MAY_BE_NEGATIVE = ('t_mean', 'decoder_mean')
 READ_WITH = dict(
     distill_steps='teacher', distill_substeps='teacher', cfg='max_input_length',
     drop_cond_prob='max_input_length', ns_dtype='optimizer=muon', weight_decay='optimizer=adamw',
-    min_lr='lr_schedule=cosine', wandb_project='wandb_log')
+    wandb_project='wandb_log')
 
 
 def check(world):
     """UserError for settings that make no sense together."""
-    if n_embd % n_head or n_embd // n_head % 2:
+    if n_embd % (2 * n_head):
         raise UserError(f"n_embd={n_embd} does not split into n_head={n_head} heads of even width")
     if gradient_accumulation_steps % world:
         raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps} does not "
@@ -146,7 +146,7 @@ def get_lr(i):
     if lr_schedule == 'constant':
         return learning_rate
     done = (i - warmup_iters) / (max_iters - warmup_iters)
-    return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (learning_rate - min_lr)
+    return 0.5 * (1 + math.cos(math.pi * done)) * learning_rate
 
 
 if __name__ == '__main__':
@@ -166,8 +166,11 @@ if __name__ == '__main__':
     max_iters = max(1, int(max_epochs * epoch)) if max_epochs else max_iters
     warmup_iters = int(warmup_epochs * epoch) if warmup_epochs else warmup_iters
     learning_rate = learning_rate or 0.001 * rows_per_step / 256
+    width = math.sqrt(meta['latent_dim'] / 512)
     # what a checkpoint keeps and a resume compares: the settings, what ran them, the bins
     config |= dict(max_iters=max_iters, warmup_iters=warmup_iters, learning_rate=learning_rate,
+                   noise_scale=noise_scale or 2 * width,
+                   decoder_noise_scale=decoder_noise_scale or 5 * width,
                    ranks=world, device=device.type, bf16=bf16, bins=on_disk.fingerprint(meta))
     if any(bins != config['bins'] for bins in gather(config['bins'])):
         raise UserError(f"the ranks see different bins in {meta['dir']}: prepare them once and "
@@ -177,26 +180,21 @@ if __name__ == '__main__':
     if master:
         init_from = on_disk.where_to_start(init_from, out_dir, overwrite)
     init_from = gather(init_from)[0]
-    resumed, ckpt = '', {}      # the path of a checkpoint, what is in it
+    resumed, ckpt, notes = '', {}, []       # the path of a checkpoint, what is in it, what changed
     if init_from == 'resume':
         resumed, ckpt = on_disk.newest_checkpoint(out_dir)
-    iter_num, was = ckpt.get('iter_num', 0), ckpt.get('config', {})
-    # noise by the width of the latents, unless it is given, or that of the run that goes on
-    width = math.sqrt(meta['latent_dim'] / 512)
-    config['noise_scale'] = noise_scale or was.get('noise_scale', 2 * width)
-    config['decoder_noise_scale'] = decoder_noise_scale or was.get('decoder_noise_scale', 5 * width)
-    notes = on_disk.check_resume(resumed, ckpt, config) if resumed else []
-    if init_from not in ('resume', 'scratch'):
+        notes = on_disk.check_resume(resumed, ckpt, config)
+    elif init_from != 'scratch':
         model = ELF.from_pretrained(init_from)
         check_vocabulary(meta, model.config, init_from)
         ckpt = dict(model_args=asdict(model.config), model=model.state_dict())
+    iter_num = ckpt.get('iter_num', 0)
 
     # ---- model, average, optimizer --------------------------------------------------------------
     torch.manual_seed(seed)
-    from_bins = ('vocab_size', 'latent_dim', 'encoder', 'tokenizer', 'latent_mean', 'latent_std')
-    sizes = ckpt.get('model_args', {})      # those of the weights, if there are any
-    settings = config | {name: meta[name] for name in from_bins}
-    settings |= {name: sizes[name] for name in SIZES if name in sizes}
+    settings = meta | config | dict(encoder=meta['encoder'], tokenizer=meta['tokenizer'])
+    # the sizes are those of the weights, if there are any
+    settings |= {name: x for name, x in ckpt.get('model_args', {}).items() if name in SIZES}
     c = ELFConfig(**{f.name: settings[f.name] for f in fields(ELFConfig) if f.name in settings})
     raw_model = ELF(c)
     if ckpt:
@@ -256,13 +254,12 @@ if __name__ == '__main__':
         print0(f"iter {iter_num}: {describe_val(val)}", flush=True)
         log(iter=iter_num, **{'val_' + k: v for k, v in val.items()})
 
-    def save():
+    def save(keep_as=''):
         if master:
-            keep = keep_interval and iter_num % keep_interval == 0
             on_disk.save_checkpoint(out_dir, dict(
                 config=config, model_args=model_args, model=raw_model.state_dict(),
                 ema=ema.state_dict(), optimizer=opt.state_dict(), iter_num=iter_num,
-                rows_seen=iter_num * rows_per_step), keep_as=f'ckpt_{iter_num}.pt' if keep else '')
+                rows_seen=iter_num * rows_per_step), keep_as)
 
     def due(interval):
         return interval and (iter_num % interval == 0 or iter_num == max_iters)
@@ -270,7 +267,7 @@ if __name__ == '__main__':
     # ---- the loop -------------------------------------------------------------------------------
     flops = estimate_flops(c, max_length) * rows_per_step / world
     peak = None if teacher else peak_flops(about)       # a teacher's passes are not estimated
-    stopped, bad_steps, step_seconds = 0, 0, []
+    stopped, bad_steps, step_seconds = '', 0, []
     note_signals()
     if not resumed:
         validate()
@@ -333,7 +330,9 @@ if __name__ == '__main__':
             step_seconds.clear()
         if due(eval_interval):
             validate()
-        if due(save_interval) or due(keep_interval):
+        if due(keep_interval):
+            save(f'ckpt_{iter_num}.pt')
+        elif due(save_interval):
             save()
         if due(sample_interval):
             with ctx:
@@ -343,19 +342,17 @@ if __name__ == '__main__':
     loader.shutdown()
     if stopped:
         save()
-    if master:
-        plot_losses(out_dir)
-    if stopped:
-        why = 'max_minutes' if stopped == TIME_IS_UP else signal.Signals(stopped).name
-        print0(f"stopped at iteration {iter_num} ({why}), saved in {out_dir}; "
+        print0(f"stopped at iteration {iter_num} ({stopped}), saved in {out_dir}; "
                "go on with --init_from=resume")
     else:
         given = ' --input="..."' if max_input_length else ''
         print0(f"done: {out_dir}/ckpt.pt, metrics.jsonl, loss.png; "
                f"next: python sample.py --out_dir={shlex.quote(out_dir)}{given} --trace=8")
+    if master:
+        plot_losses(out_dir)
     if world > 1:
         dist.destroy_process_group()
     if lock:
         lock.close()
-    if 0 < stopped < TIME_IS_UP:
-        sys.exit(128 + stopped)     # as shells have it
+    if hasattr(signal, stopped):
+        sys.exit(128 + getattr(signal, stopped))        # as shells have it

@@ -56,7 +56,6 @@ def lock(out_dir):
 def whole(path):
     """A name to write a file or folder under, that becomes path: whole or not at all. UserError."""
     aside = path + '.tmp'
-    device.saving = True
     try:
         shutil.rmtree(aside, ignore_errors=True)        # of one that was killed
         yield aside
@@ -65,7 +64,6 @@ def whole(path):
         raise UserError(f"could not write {path}: {one_line(e)}; "
                         "what was there before is intact") from None
     finally:
-        device.saving = False
         shutil.rmtree(aside, ignore_errors=True)
         Path(aside).unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 import os
 import signal
 import time
+from collections import defaultdict
 from datetime import timedelta
 from functools import partial
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from parts.process import UserError, one_line, rank_and_world
 
+DTYPES = ('auto', 'float32', 'bfloat16')
 IN_BACKGROUND = ('cuda',)      # see to_device
 # dense bfloat16 peak of a GPU in FLOP/s, for the fraction of it that a run reaches
 PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
@@ -18,28 +20,24 @@ PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, '
 
 def pick_device(device, dtype):
     """
-    Names or 'auto' -> torch.device, whether to compute in bfloat16, both in words with the reason.
-    'auto': the first of cuda, mps, cpu that is there; bfloat16 where it is fast. UserError.
+    Names, dtype of DTYPES -> torch.device, whether to compute in bfloat16, both in words with the
+    reason. 'auto': the GPU if there is one; bfloat16 where it is fast. UserError.
     """
-    mps = torch.backends.mps.is_available()
-    best = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+    best = torch.accelerator.current_accelerator(check_available=True) or 'cpu'
     try:
         found = torch.device(best if device == 'auto' else device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError):
         raise UserError(f"device={device!r} is not available here; --device=auto takes {best}"
                         ) from None
-    name, fast = 'Apple GPU', False
+    name, fast = 'GPU', False
     if found.type == 'cuda':
         name = torch.cuda.get_device_name(found)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif found.type == 'cpu':
         name = f'{torch.get_num_threads()} threads'
         fast = torch.cpu._is_avx512_bf16_supported()
-    kinds = dict(auto=fast, float32=False, bfloat16=True)
-    if dtype not in kinds:
-        raise UserError(f"dtype={dtype!r} is not one of {', '.join(kinds)}")
-    bf16 = kinds[dtype]
+    bf16 = fast if dtype == 'auto' else dtype == 'bfloat16'
     about = (f"{found} {name}, {'bfloat16 autocast' if bf16 else 'float32'} "
              f"(dtype={dtype}, {'fast' if fast else 'no fast'} bfloat16 here)")
     if found.type == 'cuda':
@@ -86,43 +84,41 @@ def compile_in_place(*modules, device):
 
 def pack_linears(model, bf16):
     """
-    For sampling on an x86 CPU: products by oneDNN from weights in its own layout, in the types that
-    autocast would pick, but faster. Where oneDNN is missing nothing changes.
+    For sampling alone, on an x86 CPU: products by oneDNN from weights in its own layout, in the
+    types that autocast would pick, but faster. Where oneDNN is missing nothing changes.
     """
     on_x86 = model.mode_tokens.device.type == 'cpu' and torch.backends.mkl.is_available()
     if not on_x86 or bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
 
-    def product(x, weight, bias, dtype):
-        return torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, 'none', [], '')
+    def product(x, weight, bias):
+        x = x.to(weight.dtype)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
 
+    model.requires_grad_(False)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             # ELF.forward keeps its ends in float32
-            dtype = torch.bfloat16 if bf16 and name.startswith('blocks.') else torch.float32
-            weight = module.weight.detach().to(dtype)
-            bias = None if module.bias is None else module.bias.detach().to(dtype)
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-            module.forward = partial(product, weight=packed, bias=bias, dtype=dtype)
+            if bf16 and name.startswith('blocks.'):
+                module.bfloat16()
+            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight, None)
+            module.forward = partial(product, weight=packed, bias=module.bias)
 
 # -------------------------------------------------------------------------------------------------
 # ranks: the processes of a torchrun, one a GPU
-
-host_group = None       # all ranks, over gloo: for what must not wait for the GPU; None: one rank
-
 
 def start(device, dtype):
     """
     Where this process runs, and its place among the ranks of a torchrun, if any -> torch.device,
     whether to compute in bfloat16, both in words. device, dtype: the settings. UserError.
     """
-    global host_group
     rank, world = rank_and_world()
-    if world > 1 and device.startswith('cuda:'):
-        raise UserError(f"device={device!r} names one GPU for {world} ranks; give --device=cuda, "
-                        "each rank takes its own")
-    if world > 1 and device in ('auto', 'cuda') and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if world > 1:
+        if device.startswith('cuda:'):
+            raise UserError(f"device={device!r} names one GPU for {world} ranks; "
+                            "give --device=cuda, each rank takes its own")
+        if device in ('auto', 'cuda') and torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device, bf16, about = pick_device(device, dtype)
     if device.type == 'cuda':
         torch.cuda.set_device(device.index or 0)        # 'cuda' alone has none
@@ -132,10 +128,10 @@ def start(device, dtype):
         store, _, _ = next(dist.rendezvous('env://'))
         if os.environ.get('LOCAL_WORLD_SIZE') == str(world):
             store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
+        # gloo for what lies on the CPU, as in gather(): it does not wait for the GPU
+        backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         patience = timedelta(hours=2)       # one rank may download a model while the others wait
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store,
-                                rank=rank, world_size=world, timeout=patience)
-        host_group = dist.new_group(backend='gloo', timeout=patience)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     return device, bf16, about
 
 
@@ -146,28 +142,26 @@ def print0(*args, **kwargs):
 
 def gather(x):
     """Every rank's x, any plain object, in order of the ranks -> list; [x] of one rank."""
-    if host_group is None:
+    if not dist.is_initialized():
         return [x]
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, x, group=host_group)
+    dist.all_gather_object(everyone, x)
     return everyone
 
 
 def mean_over_ranks(losses):
     """{name: scalars on the device} of each rank -> {name: mean over all of them}; it waits."""
     mine = {name: torch.stack(values).tolist() for name, values in losses.items()}
-    everyone = {}
+    everyone = defaultdict(list)
     for share in gather(mine):
         for name, values in share.items():
-            everyone.setdefault(name, []).extend(values)
+            everyone[name] += values
     return {name: sum(values) / len(values) for name, values in everyone.items()}
 
 # -------------------------------------------------------------------------------------------------
 # signals: those that ask a run to stop
 
-TIME_IS_UP = 1000   # a reason to stop, beside the numbers of signals
 signals = []        # numbers of those that came
-saving = False      # whether a checkpoint is being written
 
 
 def on_signals(handler):
@@ -180,11 +174,11 @@ def on_signals(handler):
 
 
 def note_signals():
-    """SIGTERM, Ctrl-C and their like ask to save and stop; a third Ctrl-C interrupts, no save."""
+    """SIGTERM, Ctrl-C and their like ask to save and stop; a third Ctrl-C interrupts."""
     def note(number, frame):
         signals.append(number)
         # the second may be of the same Ctrl-C: the terminal and torchrun both send it
-        if signals.count(signal.SIGINT) > 2 and not saving:
+        if signals.count(signal.SIGINT) > 2:
             raise KeyboardInterrupt
 
     signals.clear()
@@ -192,9 +186,9 @@ def note_signals():
 
 
 def should_stop(started, max_minutes):
-    """The number of a signal that any rank got, or TIME_IS_UP, or 0; the same on every rank."""
+    """Why: the name of a signal that any rank got, 'max_minutes', or ''; the same on all ranks."""
     late = max_minutes and time.monotonic() - started > 60 * max_minutes
-    reason = torch.tensor(signals[0] if signals else TIME_IS_UP if late else 0)
-    if host_group:
-        dist.all_reduce(reason, dist.ReduceOp.MAX, group=host_group)
-    return reason.item()
+    why = 'max_minutes' if late else ''
+    if signals:
+        why = signal.Signals(signals[0]).name
+    return max(gather(why))

@@ -78,13 +78,13 @@ def check_inputs(texts, tokenizer, c):
 
 
 def check_prompt(text, tokenizer, c):
-    """UserError if the model does not know it, or it leaves nothing to write."""
+    """UserError if the model does not know it, or it is too long."""
     if unknown := unknown_in(re.sub('___+', '', text), tokenizer):
         raise UserError(f"prompt={text!r} has what the model was not trained on: {unknown!r}")
     row = encode_given(text, tokenizer, c)
-    if len(row) > c.max_length - (HOLE not in row):
+    if len(row) > c.max_length:
         raise UserError(f"prompt={text!r} takes {len(row)} tokens, a text of this model has "
-                        f"{c.max_length}, and some must be left to write; shorten it")
+                        f"{c.max_length}; shorten it")
 
 
 def known_tokens(rows, c):
@@ -100,11 +100,11 @@ def texts_in(given, ids, p, tokenizer, c):
     """
     texts = []
     for row, ids, p in zip(given, ids.tolist(), p.tolist()):
-        for i in range(len(row)):
-            if row[i] != HOLE:
-                ids[i], p[i] = row[i], 1.0
+        for i, known in enumerate(row):
+            if known != HOLE:
+                ids[i], p[i] = known, 1.0
+        said = ids[len(row):len(row) + c.max_length - c.max_input_length]
         first = len(row) if c.max_input_length else 0
-        said = ids[len(row):first + c.max_length - c.max_input_length]
         last = len(row) + len(cut_at_eos(said, tokenizer.eos_token_id))
         texts.append((ids[first:last], p[first:last]))
     return texts

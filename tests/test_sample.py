@@ -121,9 +121,9 @@ def test_grids():
     assert drawn.mean().item() == pytest.approx(-1.5, abs=0.02)
     assert drawn.std().item() == pytest.approx(0.8, abs=0.02)
     assert time_grid(2, 'quantile', c)[1].logit().item() == pytest.approx(-1.5, abs=1e-5)
-    with pytest.raises(UserError, match="grid='cosine' is not one of logit_normal, quantile, unif"):
+    with pytest.raises(AssertionError, match="grid=cosine is not one of .*'quantile', 'uniform'"):
         time_grid(4, 'cosine', c)
-    with pytest.raises(UserError, match="sampler='heun' is not one of ode, sde, sde_exact"):
+    with pytest.raises(AssertionError, match="sampler=heun is not one of .*'sde', 'sde_exact'"):
         generate(Spy(None), torch.zeros(1, 1, 1), torch.zeros(2), sampler='heun')
 
 
@@ -214,13 +214,12 @@ def test_auto_packs_what_it_says(fast, monkeypatch):
     assert pick_device('cpu', 'float32')[1] is False and pick_device('cpu', 'bfloat16')[1] is True
 
 
-@pytest.mark.parametrize('device, dtype, says', [
-    ('tpu', 'auto', "device='tpu' is not available here; .*=auto takes c"),
-    ('cpu:x', 'auto', "device='cpu:x' is not available here"),
-    ('cpu', 'fp8', "dtype='fp8' is not one of auto, float32, bfloat16")])
-def test_devices_that_are_not_there(device, dtype, says):
+@pytest.mark.parametrize('device, says', [
+    ('tpu', "device='tpu' is not available here; .*=auto takes c"),
+    ('cpu:x', "device='cpu:x' is not available here")])
+def test_devices_that_are_not_there(device, says):
     with pytest.raises(UserError, match=says):
-        pick_device(device, dtype)
+        pick_device(device, 'auto')
 
 # --------------------------------------------------------------------------------------------------
 # texts
@@ -294,6 +293,7 @@ def test_a_condition_is_coded_cut_kept_and_left_out_of_the_text():
     (['--seed=-1'], "seed='-1' must lie"), (['--trace=-1'], "trace='-1' must lie"),
     (['--steps=0'], "steps='0' must lie"), (['--gamma=-2'], "gamma='-2' must lie"),
     (['--grid=cosine'], "'cosine' is not one of"), (['--sampler=heun'], "'heun' is not one of"),
+    (['--dtype=fp8'], "'fp8' is not one of 'auto', 'float32', 'bfloat16'"),
     (['--num_samples=1', '--batch_size=1', '--seed=0', '--trace=0'], 'no model in out/none: tra')])
 def test_what_sample_refuses(run, args, says):
     """Last: an out_dir is not looked for on the hub."""
