@@ -24,8 +24,9 @@ import re
 import shlex
 import shutil
 import time
+from contextlib import suppress
 from functools import cache, partial
-from itertools import chain, pairwise, tee
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -94,18 +95,16 @@ KNOWN = {
 # what to train them with: one's own command line adds to it
 CONFIGS = {'pydocs': 'pydocs', 'numbers': 'numbers', 'openwebtext': 'owt_elf_b',
            'wmt14_de-en': 'wmt14_de_en_elf_b', 'xsum': 'xsum_elf_b', 'tinystories': 'tinystories'}
-# of other texts, and of other pairs: with an untrained encoder, t5-small, another trained one
-CONFIGS_OF_OWN = (('pydocs', 'owt_elf_b', 'minilm'), ('numbers', 'wmt14_de_en_elf_b', 'numbers'))
+# of other texts, and of other pairs: with an untrained encoder, with a trained one
+CONFIGS_OF_OWN = (('pydocs', 'owt_elf_b'), ('numbers', 'wmt14_de_en_elf_b'))
 
 # --------------------------------------------------------------------------------------------------
 # a source: files of one kind, by split
 
 MADE = dict(pydocs=pydocs, numbers=numbers)
-CARD = 'README.md'
 CHECKED = (*FILES, 'tokenizer/tokenizer.json', 'encoder/model.safetensors')
 TABLES, TEXTS = ('parquet', 'arrow'), ('jsonl', 'json', 'csv', 'tsv', 'txt')
 KINDS = TABLES + TEXTS
-KIND = re.compile(rf"(?i).*\.({'|'.join(KINDS)})(\.gz|\.bz2|\.xz)?")
 # what save_to_disk and the hub leave beside the data, and legal texts
 NO_CORPUS = re.compile(r'(.*/)?((dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow|'
                        r'(?i:(licen[sc]e|readme|notice|copying)(?![a-z])[^/]*\.txt))')
@@ -167,7 +166,7 @@ def fetch(source, revision):
     print(f"{source}: its files from the hub")
     get = partial(snapshot_download, source, repo_type='dataset', revision=revision or None)
     with from_hub("no dataset", source):
-        card = read_card(source, get(allow_patterns=CARD))
+        card = read_card(source, get(allow_patterns='README.md'))
         for kinds in (TABLES, TEXTS):       # tables first: often a text lies beside them
             endings = [f"{subset.strip('.')}*.{kind}*" for kind in kinds]
             folder = get(allow_patterns=list(card) or endings)
@@ -184,7 +183,7 @@ def read_card(source, folder):
     from datasets.data_files import sanitize_patterns
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import metadata_load
-    card = os.path.join(folder, CARD)
+    card = os.path.join(folder, 'README.md')
     if not os.path.exists(card):
         return {}
     with from_hub("cannot read", card):
@@ -200,8 +199,8 @@ def read_card(source, folder):
 
 def kind_of(path):
     """Its ending without that of a compression, x.JSONL.gz -> jsonl; or what is made here."""
-    found = KIND.fullmatch(path)
-    return found[1].lower() if found else path * (path in MADE)
+    *_, ending = re.sub(r'\.(gz|bz2|xz)$', '', path.lower()).rpartition('.')
+    return path if path in MADE else ending if ending in KINDS else ''
 
 
 def split_of(path):
@@ -234,12 +233,12 @@ def choose_columns(paths):
     where, row = first_row(paths)
     readings = [names for names in READINGS if row.keys() >= set(names)]
     if columns:
-        readings = [columns.split(',')]
+        readings = [columns.split(',', 1)]
     elif row.keys() & UNCLEAR:
         readings = []
-    elif 'input_ids' in row and 'text' not in row:      # the texts beside ids are the same
+    elif 'condition_input_ids' in row:      # the texts beside ids are the same
         readings = readings[:1]
-    if len(readings) != 1 or len(readings[0]) > 2:
+    if len(readings) != 1:
         raise UserError(f"{where} has the columns {', '.join(row)}; say which to read, such as "
                         "--columns=text, or condition and target: --columns=prompt,completion")
     names, = readings
@@ -247,8 +246,11 @@ def choose_columns(paths):
     return names
 
 
-def read_rows(file):
-    """The rows of a file -> (where they stand, for messages; {column: value}); lists are arrays."""
+def read_rows(file, names=()):
+    """
+    The rows of a file -> (where they stand, for messages; {column: value}), of a table with these
+    columns only; lists are arrays.
+    """
     kind, done = kind_of(file), 0
     if kind == 'jsonl':
         yield from read_jsonl(file)
@@ -260,7 +262,7 @@ def read_rows(file):
         separator = ',' if kind == 'csv' else '\t'
         rows = csv.DictReader(read_lines(file), delimiter=separator, strict=True)
     else:
-        rows = MADE[kind]() if kind in MADE else read_table(file, kind)
+        rows = MADE[kind]() if kind in MADE else read_table(file, kind, names)
     try:
         for row in rows:
             if None in row:
@@ -275,13 +277,15 @@ def read_rows(file):
                         "of its own doubled") from None
 
 
-def read_table(file, kind):
-    """The rows of a file that `datasets` opens."""
+def read_table(file, kind, names):
+    """The rows of a file that `datasets` opens; of these columns, if it has them, else of all."""
     import datasets
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # errors are one line of ours
     rows = datasets.load_dataset(kind, data_files=glob.escape(file), split='train',
                                  streaming=True)    # the pages of a mapped file are memory
     for table in rows.with_format('arrow').iter(1000):
+        if names and set(names) <= set(table.column_names):     # others, of long texts, are slow
+            table = table.select(names)
         for row in table.to_pandas().to_dict('records'):
             yield row.get('translation') or row
 
@@ -292,8 +296,8 @@ def read_values(file, names):
     is left out, aloud.
     """
     ids = 'ids' in names[-1]
-    for where, row in read_rows(file):
-        values = tuple(row.get(name) for name in names)
+    for where, row in read_rows(file, names):
+        values = tuple(map(row.get, names))
         if not all(is_ids(value) if ids else isinstance(value, str) for value in values):
             raise UserError(f"{where} lacks {'ids' if ids else 'text'} under {' or '.join(names)}: "
                             f"{str(row)[:100]}")
@@ -304,7 +308,7 @@ def read_values(file, names):
 
 
 def is_ids(value):
-    return isinstance(value, np.ndarray) and value.dtype.kind in 'iu' and len(value) > 0
+    return isinstance(value, np.ndarray) and value.dtype.kind in 'iu' and len(value)
 
 
 def read_items(file, names, size):
@@ -369,10 +373,9 @@ def plain(text):
         text = text.replace(END_OF_TEXT, '\n')
     if letters_only:
         text = text.lower()
-        if len(re.findall(r'[^\W\d_a-z]', text)) > len(text) / 100:
-            say_once("WARNING: letters other than a-z are left out, their words broken; "
-                     "--letters_only=false keeps them")
-        text = re.sub(r'[^a-z]+', ' ', text)
+        if re.search(r'[^\W\d_a-z]', text):
+            say_once("letters other than a-z are left out; --letters_only=false keeps them")
+        text = re.sub('[^a-z]+', ' ', text)
     return text
 
 # --------------------------------------------------------------------------------------------------
@@ -381,7 +384,7 @@ def plain(text):
 def find_tokenizer(folder, files, names):
     """The tokenizer that is named, else one trained on the texts and saved in folder."""
     named = tokenizer or encoder
-    path = named or os.path.join(folder, 'tokenizer')
+    path = named or folder / 'tokenizer'
     if not named:
         if 'ids' in names[-1]:
             raise UserError("the dataset holds ids; name the tokenizer they are from, "
@@ -390,7 +393,7 @@ def find_tokenizer(folder, files, names):
         texts = texts if len(names) == 1 else chain.from_iterable(texts)
         train_tokenizer(texts, token_level, vocab_size, letters_only).save_pretrained(path)
     tok = load_tokenizer(path)
-    if not tok.is_fast or tok.pad_token_id is None or tok.eos_token_id is None:
+    if not tok.is_fast or None in (tok.pad_token_id, tok.eos_token_id):
         raise UserError(f"tokenizer {path!r} has no pad token, no EOS or SEP, or no fast version; "
                         "take another, or save it with a pad_token of its vocabulary")
     return tok
@@ -399,45 +402,41 @@ def find_tokenizer(folder, files, names):
 def check_pair(text_encoder, tok):
     """UserError for an encoder and a tokenizer that are not made for each other."""
     known = text_encoder.model.get_input_embeddings().num_embeddings
-    if known < len(tok):
-        raise UserError(f"encoder {encoder} knows {known} ids, the tokenizer has {len(tok)}; take "
-                        "the encoder's own tokenizer")
-    try:
+    own = tok
+    with suppress(UserError):       # some encoders lie without one
         own = load_tokenizer(encoder)
-    except UserError:       # some lie without one
-        return
-    if own.get_vocab() != tok.get_vocab():
-        raise UserError(f"encoder {encoder} has a tokenizer of its own, and {tokenizer} is another;"
-                        " leave out --tokenizer")
+    if known < len(tok) or own.get_vocab() != tok.get_vocab():
+        raise UserError(f"encoder {encoder} knows {known} ids, the tokenizer has {len(tok)}, and "
+                        "is not its own; leave out --tokenizer")
 
 
 def encode(texts, tok):
     """
-    Texts -> their encodings (.ids, .offsets) one after the other, made on all cores. '</s>' spelled
-    out in a text is no EOS, but text.
+    Texts -> (text, its encoding: .ids, .offsets) one after the other, made on all cores. '</s>'
+    spelled out in a text is no EOS, but text.
     """
     for batch in batched(texts, 1000):
-        yield from tok(batch, add_special_tokens=False, split_special_tokens=True,
-                       verbose=False).encodings
+        codes = tok(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        yield from zip(batch, codes.encodings)
 
 
 def split_words(texts, tok):
     """Texts -> (ids, is white space) of one word after the other."""
-    texts, again = tee(texts)
-    for text, code in zip(texts, encode(again, tok)):
+    for text, code in encode(texts, tok):
         ids, spans = code.ids, code.offsets
         # a word starts where there is white space before or at a token
+        around = ' ' + text
         starts = [i for i, (start, _) in enumerate(spans)
-                  if start == 0 or text[start - 1].isspace() or text[start].isspace()]
+                  if around[start].isspace() or around[start + 1].isspace()]
         for i, j in pairwise([*starts, len(ids)]):
             yield ids[i:j], text[spans[i][0]:spans[j - 1][1]].isspace()
 
 
 def split_paragraphs(texts, tok):
     """Texts end to end -> (ids, is white space: no) of one paragraph, with its newline, a time."""
-    batches = map(''.join, batched(texts, 256))
-    paragraphs = chain.from_iterable(re.findall(r'.*\n|.+', batch) for batch in batches)
-    return ((code.ids, False) for code in encode(paragraphs, tok))
+    for batch in batched(texts, 256):
+        for _, code in encode(re.findall(r'.*\n|.+', ''.join(batch)), tok):
+            yield code.ids, False
 
 
 def pack_rows(pieces, max_length, eos):
@@ -465,7 +464,7 @@ def pack_rows(pieces, max_length, eos):
 def cut_rows(texts, tok, max_length):
     """One text a row, closed by EOS; what does not fit into max_length ids is cut off, aloud."""
     cut = 0
-    for code in encode(map(str.strip, texts), tok):
+    for _, code in encode(map(str.strip, texts), tok):
         if ids := code.ids:
             yield ids[:max_length - 1] + [tok.eos_token_id]
             cut += len(ids) >= max_length
@@ -479,7 +478,7 @@ def make_rows(items, names, tok, pack, max_length):
     if 'ids' in names[-1]:
         return (((), *item)[-2:] for item in items)
     if len(names) == 2:
-        sides = (code.ids + [eos] for code in encode(chain.from_iterable(items), tok))
+        sides = (code.ids + [eos] for _, code in encode(chain.from_iterable(items), tok))
         return zip(sides, sides)        # a condition, then its target
     if pack in ('texts', 'lines'):
         rows = cut_rows(items, tok, max_length)
@@ -500,7 +499,7 @@ def write_references(folder, files, names, tok):
         pairs = (tok.batch_decode(pair, skip_special_tokens=True)
                  for pair in read_split(files, names, 'val'))
     rows = (dict(input=condition, target=target) for condition, target in pairs)
-    write_jsonl(os.path.join(folder, 'val.jsonl'), rows)
+    write_jsonl(f'{folder}/val.jsonl', rows)
 
 # --------------------------------------------------------------------------------------------------
 # encoder
@@ -510,15 +509,13 @@ def measure_latents(text_encoder, meta):
     T = min(1024, meta['max_length'])       # an endless row would not fit into memory
     c = ELFConfig(max_length=T, max_input_length=T)
     rows = np.unique(np.linspace(0, meta['rows']['train'] - 1, 512).astype(int))
-    count, total, square = 0, 0.0, 0.0
-    for batch in batched(rows, max(1, 2048 // T)):
+    sums = np.zeros(3)      # of 1, of the values, of their squares
+    for batch in batched(rows, 2048 // T):
         ids, valid, _ = get_rows(meta, 'train', batch, c)
         x = text_encoder(ids, valid)[valid].double()        # (valid tokens, C)
-        count += x.numel()
-        total += x.sum().item()
-        square += x.square().sum().item()
-    mean = total / count
-    return mean, (square / count - mean**2) ** 0.5
+        sums += x.numel(), x.sum(), x.square().sum()
+    _, mean, square = (sums / sums[0]).tolist()
+    return mean, (square - mean**2) ** 0.5
 
 # --------------------------------------------------------------------------------------------------
 # before and after
@@ -543,7 +540,7 @@ def make_set(folder, files, names, settings):
         if not meta['rows'][split]:
             raise UserError(f"{dataset} is too little: no rows for {split}; give more, a larger "
                             "val_fraction, or --letters_only=false, which keeps more than a-z "
-                            f"(--pack=texts needs {END_OF_TEXT} in a .txt)")
+                            "(--pack=texts needs <|endoftext|> in a .txt)")
     if len(names) == 2:
         write_references(folder, files, names, tok)
     if not encoder:
@@ -556,23 +553,21 @@ def make_set(folder, files, names, settings):
     return meta, tok
 
 
-def check():
-    """All that is refused before anything is read; a set that a kill left aside is put back."""
+def check(final):
+    """What is refused before anything is read; a set that a kill left aside is put back."""
     if max_length < 2:
         raise UserError("max_length starts at 2, as EOS is one of a row's tokens")
-    if not re.fullmatch(r'[^./\\][^/\\]*', name):
-        raise UserError(f"name={name!r}: must be one folder's name, without slashes; "
-                        "--data_dir says where")
+    if re.search(r'[/\\]', name):
+        raise UserError(f"name={name!r} must be without slashes; --data_dir says where")
     finish_swap(data_dir, name)
-    final = Path(data_dir, name)
     if final.is_symlink() or final.exists() and not (final / 'meta.json').exists():
         raise UserError(f"{final} is there already, and is a link or holds no bins (no meta.json); "
                         "choose another --name or --data_dir")
 
 
-def swap_in(folder):
+def swap_in(folder, final):
     """Put the new set in the place of the old; finish_swap mends what a kill in between leaves."""
-    final, old = Path(data_dir, name), Path(data_dir, f'.{name}.old')
+    old = final.with_name(f'.{name}.old')
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
@@ -584,16 +579,15 @@ def show(meta, tok, asked):
     """Print what the user should have now, what was lost, and what to run; asked: --dataset."""
     for split in ('val', 'train'):
         ids, index = open_split(meta, split)
-        first = tok.batch_decode(read_row(ids, index, 0), skip_special_tokens=True)
+        first = tok.decode(np.concatenate(read_row(ids, index, 0)))
         print(f"{ids.filename}: {len(index):,} rows, {len(ids):,} tokens; the first row: "
-              f"{' -> '.join(filter(None, first))[:200]!r}")
+              f"{first[:200]!r}")
         unknown = np.mean(ids[:10_000_000] == tok.unk_token_id)
         if unknown > 0.01:
             print(f"  WARNING: {unknown:.1%} of the tokens are {tok.unk_token}, their text lost; "
                   "without --tokenizer one is trained on this text")
     known = asked == name in CONFIGS
-    kind = 0 if not encoder else 1 if encoder == 't5-small' else 2
-    config = CONFIGS[name] if known else CONFIGS_OF_OWN[meta['conditional']][kind]
+    config = CONFIGS[name] if known else CONFIGS_OF_OWN[meta['conditional']][encoder != '']
     command = ['python', 'train.py', f'config/{config}.py']
     if not known:
         command += [f'--dataset={name}', f'--out_dir=out/{name}',
@@ -610,12 +604,13 @@ if __name__ == '__main__':
     for key, value in KNOWN.get(asked, {}).items():
         if key == 'dataset' or key not in given:
             globals()[key] = value
-    check()
+    final = Path(data_dir, name)
+    check(final)
     files, names = load_source()
-    letters_only = letters_only and len(names) == 1
+    letters_only &= len(names) == 1
 
     # in a folder of another name until all is there; not by its pid: many containers have the same
-    folder = Path(data_dir, f'.{name}.tmp-{time.time_ns()}')
+    folder = final.with_name(f'.{name}.tmp-{time.time_ns()}')
     try:
         folder.mkdir(parents=True)
         meta, tok = make_set(folder, files, names, {key: globals()[key] for key in settings})
@@ -623,10 +618,7 @@ if __name__ == '__main__':
         meta['checksums'] = {file: sha256(folder / file) for file in CHECKED
                              if (folder / file).exists()}
         (folder / 'meta.json').write_text(json.dumps(meta, indent=1))
-        swap_in(folder)
-    except OSError as e:
-        raise UserError(f"could not write {data_dir}/{name}: {e}; what was there before is intact"
-                        ) from None
+        swap_in(folder, final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     show(open_bins(data_dir, name), tok, asked)

@@ -58,13 +58,13 @@ TENS = 'twenty thirty forty fifty sixty seventy eighty ninety'.split()
 
 def in_words(n):
     """A number from 0 to 999,999 in English: 4071 -> 'four thousand seventy-one'."""
-    for size, word in ((1000, 'thousand'), (100, 'hundred')):
-        if n >= size:
-            rest = f' {in_words(n % size)}' if n % size else ''
-            return f'{in_words(n // size)} {word}{rest}'
     if n < 20:
         return BELOW_20[n]
-    return TENS[n // 10 - 2] + (f'-{BELOW_20[n % 10]}' if n % 10 else '')
+    if n < 100:
+        return TENS[n // 10 - 2] + (f'-{BELOW_20[n % 10]}' if n % 10 else '')
+    size, word = (1000, 'thousand') if n >= 1000 else (100, 'hundred')
+    rest = f' {in_words(n % size)}' if n % size else ''
+    return f'{in_words(n // size)} {word}{rest}'
 
 
 def numbers():
@@ -109,7 +109,7 @@ def train_tokenizer(texts, level, size, letters_only=False):
         if letters_only:        # other bytes keep their ids, but no text has them: they are unknown
             state = json.loads(tok.to_str())
             vocab = state['model']['vocab']
-            known = {'Ġ', *string.ascii_lowercase}
+            known = set('Ġ' + string.ascii_lowercase)
             for sign in set(pre_tokenizers.ByteLevel.alphabet()) - known:
                 i = vocab.pop(sign)
                 vocab[f'[unused{i}]'] = i
@@ -136,16 +136,16 @@ def neighbour_vectors(meta, dim, seed):
     """
     V = meta['vocab_size']
     ids = torch.from_numpy(open_split(meta, 'train')[0][:2_000_000].astype(np.int64))
-    with torch.sparse.check_sparse_tensor_invariants():
-        ones = torch.ones(len(ids) - 1, dtype=torch.float64)
-        after = torch.sparse_coo_tensor(torch.stack((ids[:-1], ids[1:])), ones, (V, V))
-        pairs = torch.cat((after.T, after), dim=1).coalesce()
-        at, counts = pairs.indices(), pairs.values()        # (2, pairs), (pairs,)
-        # the power keeps rare neighbours from ruling
-        tokens, neighbours = at[0].bincount(counts), at[1].bincount(counts) ** 0.75
-        chance = tokens[at[0]] * neighbours[at[1]] / neighbours.sum()
-        surprise = (counts / chance).log().clamp(0).float()
-        surprise = torch.sparse_coo_tensor(at, surprise, pairs.shape)
+    torch.sparse.check_sparse_tensor_invariants.disable()       # who does not choose is warned
+    ones = torch.ones(len(ids) - 1, dtype=torch.float64)
+    after = torch.sparse_coo_tensor(ids.unfold(0, 2, 1).T, ones, (V, V))
+    pairs = torch.cat((after.T, after), dim=1).coalesce()
+    counts, (token, beside) = pairs.values(), pairs.indices()       # each (pairs,)
+    # the power keeps rare neighbours from ruling
+    often, often_beside = token.bincount(counts), beside.bincount(counts) ** 0.75
+    chance = often[token] * often_beside[beside] / often_beside.sum()
+    surprise = (counts / chance).log().clamp(0).float()
+    surprise = torch.sparse_coo_tensor(pairs.indices(), surprise, pairs.shape)
     torch.manual_seed(seed)         # the method starts from random directions
     u, s, _ = torch.svd_lowrank(surprise, q=min(dim + 1, V), niter=4)
     vectors = F.pad(u[:, 1:] * s[1:].sqrt(), (0, dim + 1 - len(s)))
