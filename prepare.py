@@ -6,7 +6,6 @@ Text to tokenised, memory-mapped bins: data/<name>/, see parts/data.py.
     python prepare.py --dataset=my.txt --letters_only=false --max_length=64
     python prepare.py --dataset=pairs.jsonl --tokenizer=t5-small --encoder=t5-small
     python prepare.py --dataset=openwebtext         # the published ids, from the hub
-    python prepare.py --dataset=openwebtext-raw     # the texts themselves, tokenised here
     python prepare.py --dataset=tinystories         # more names: KNOWN, below
 
 Own data: a file (.txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow, or .gz, .bz2, .xz of one), a
@@ -46,7 +45,7 @@ dataset = 'pydocs'      # the text inside every Python; a file, folder or hub id
 val_dataset = ''        # validation from another such source, '' = its own split, else val_fraction
 subset = ''             # of several configurations or folders: one, such as 'de-en'; '.' = all
 columns = ''            # of a table: 'text', or 'input,output' and the like; '' = by their names
-revision = ''           # of a hub id: branch, tag or commit
+revision = ''           # of hub ids: branch, tag or commit
 name = ''               # folder under data_dir, '' = the dataset's name
 data_dir = 'data'
 letters_only = True     # texts: a-z, lower-case, and single spaces, the easiest; false = all of it
@@ -80,12 +79,12 @@ KNOWN = {
                         val_dataset='embedded-language-flows/wmt14_de-en_validation_t5'),
     'xsum': dict(T5, dataset='embedded-language-flows/xsum_train_t5',
                  val_dataset='embedded-language-flows/xsum_validation_t5'),
-    # the texts it was made from, at the revision with parquet files; those of the other two:
+    # The texts that they were made from, to be tokenised here, with --tokenizer=t5-small
+    # --encoder=t5-small and:
+    #     --dataset=Skylion007/openwebtext --revision=963532436460638ab26b7633e23776e6c7e37d59 \
+    #         --letters_only=false --pack=paragraphs --max_length=1024 --val_fraction=0.0005
     #     --dataset=wmt/wmt14 --subset=de-en --columns=de,en
     #     --dataset=EdinburghNLP/xsum --revision=refs/convert/parquet
-    'openwebtext-raw': dict(T5, dataset='Skylion007/openwebtext', val_fraction=0.0005,
-                            revision='963532436460638ab26b7633e23776e6c7e37d59',
-                            pack='paragraphs', max_length=1024),
     # One story a row, so that a model learns where stories begin and end. Of 2,316 stories, 202
     # tokens in the median, 79 % are whole in 256 tokens; that keeps 88 % of the text, and 21 % of
     # the rows is padding. In 512 tokens: 96 %, 98 %, and 56 % padding at twice the work.
@@ -117,7 +116,7 @@ def load_source():
     What --dataset and --val_dataset name -> {'train', 'val', 'test': paths, perhaps none}, the
     columns to read. UserError if it cannot be used.
     """
-    files = find_files(dataset, revision)
+    files = find_files(dataset)
     if val_dataset:
         other = find_files(val_dataset)
         files.update(val=other['val'] or other['train'] or other['test'], test=[])
@@ -129,7 +128,7 @@ def load_source():
     return files, choose_columns(files['train'])
 
 
-def find_files(source, revision=''):
+def find_files(source):
     """
     The files of what a setting names -> {'train', 'val', 'test': paths}. UserError if they are no
     single corpus.
@@ -138,7 +137,7 @@ def find_files(source, revision=''):
     files = dict(train=[], val=[], test=[])
     if kind_of(source) and not os.path.isdir(source):       # a file is taken, whatever its name
         return files | dict(train=[source])
-    folder = source if os.path.exists(source) else fetch(source, revision)
+    folder = source if os.path.exists(source) else fetch(source)
     card = read_card(source, folder)
     patterns = card or {os.path.join(subset, '**/*'): 'train'}
     found = {file: split for pattern, split in patterns.items()
@@ -160,7 +159,7 @@ def find_files(source, revision=''):
     return files
 
 
-def fetch(source, revision):
+def fetch(source):
     """The files of a hub id, from the cache if they are there -> folder."""
     from huggingface_hub import snapshot_download
     print(f"{source}: its files from the hub")
@@ -328,11 +327,11 @@ def marked_texts(lines):
     """The texts of a .txt with <|endoftext|> between them."""
     text = ''
     for line in lines:
-        *ends, rest = line.split(END_OF_TEXT)
-        for end in ends:
-            yield text + end
-            text = ''
-        text += rest
+        end, *starts = line.split(END_OF_TEXT)
+        text += end
+        for start in starts:
+            yield text
+            text = start
     yield text
 
 
@@ -557,9 +556,7 @@ def check(final):
     """What is refused before anything is read; a set that a kill left aside is put back."""
     if max_length < 2:
         raise UserError("max_length starts at 2, as EOS is one of a row's tokens")
-    if re.search(r'[/\\]', name):
-        raise UserError(f"name={name!r} must be without slashes; --data_dir says where")
-    finish_swap(data_dir, name)
+    finish_swap(final.parent, final.name)
     if final.is_symlink() or final.exists() and not (final / 'meta.json').exists():
         raise UserError(f"{final} is there already, and is a link or holds no bins (no meta.json); "
                         "choose another --name or --data_dir")
@@ -599,7 +596,7 @@ def show(meta, tok, asked):
 if __name__ == '__main__':
     given = set()
     settings = configure(globals(), given=given)
-    name = name or Path(dataset).stem.removesuffix('-raw')
+    name = name or Path(dataset).stem
     asked = dataset
     for key, value in KNOWN.get(asked, {}).items():
         if key == 'dataset' or key not in given:

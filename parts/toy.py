@@ -3,6 +3,7 @@ What lets everything run without a download: the text inside every Python, a tas
 tokenizers trained on the text at hand, and a small T5 encoder whose vectors are made, not trained.
 """
 import ast
+import fnmatch
 import json
 import os
 import random
@@ -25,10 +26,10 @@ def docstrings():
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     # a distribution may leave some out, or put its own packages beside
     skipped = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'lib2to3'}
-    library = Path(os.__file__).parent
-    for file in sorted(library.rglob('*.py'), key=lambda file: (file.parent.parts, file.name)):
-        if skipped.isdisjoint(file.relative_to(library).parts):
-            for node in ast.walk(ast.parse(file.read_bytes())):
+    for folder, folders, files in os.walk(os.path.dirname(os.__file__)):
+        folders[:] = sorted(set(folders) - skipped)     # to go on to
+        for file in sorted(fnmatch.filter(files, '*.py')):
+            for node in ast.walk(ast.parse(Path(folder, file).read_bytes())):
                 if isinstance(node, documented):
                     yield ast.get_docstring(node) or ''
 
@@ -58,13 +59,13 @@ TENS = 'twenty thirty forty fifty sixty seventy eighty ninety'.split()
 
 def in_words(n):
     """A number from 0 to 999,999 in English: 4071 -> 'four thousand seventy-one'."""
+    for size, word in ((1000, 'thousand'), (100, 'hundred')):
+        if n >= size:
+            rest = f' {in_words(n % size)}' if n % size else ''
+            return f'{in_words(n // size)} {word}{rest}'
     if n < 20:
         return BELOW_20[n]
-    if n < 100:
-        return TENS[n // 10 - 2] + (f'-{BELOW_20[n % 10]}' if n % 10 else '')
-    size, word = (1000, 'thousand') if n >= 1000 else (100, 'hundred')
-    rest = f' {in_words(n % size)}' if n % size else ''
-    return f'{in_words(n // size)} {word}{rest}'
+    return TENS[n // 10 - 2] + (f'-{BELOW_20[n % 10]}' if n % 10 else '')
 
 
 def numbers():
@@ -100,17 +101,17 @@ def train_tokenizer(texts, level, size, letters_only=False):
     from transformers import PreTrainedTokenizerFast
     special = ['<pad>', '</s>', '<unk>']
     if level == 'subwords':
+        signs = pre_tokenizers.ByteLevel.alphabet()
         tok = Tokenizer(models.BPE(unk_token='<unk>'))
         tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tok.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+                                      initial_alphabet=signs)
         tok.train_from_iterator(texts, trainer)
         if letters_only:        # other bytes keep their ids, but no text has them: they are unknown
             state = json.loads(tok.to_str())
             vocab = state['model']['vocab']
-            known = set('Ġ' + string.ascii_lowercase)
-            for sign in set(pre_tokenizers.ByteLevel.alphabet()) - known:
+            for sign in set(signs) - set('Ġ' + string.ascii_lowercase):
                 i = vocab.pop(sign)
                 vocab[f'[unused{i}]'] = i
             tok = Tokenizer.from_str(json.dumps(state))
