@@ -101,7 +101,6 @@ CONFIGS_OF_OWN = (('pydocs', 'owt_elf_b'), ('numbers', 'wmt14_de_en_elf_b'))
 # a source: files of one kind, by split
 
 MADE = dict(pydocs=pydocs, numbers=numbers)
-CHECKED = (*FILES, 'tokenizer/tokenizer.json', 'encoder/model.safetensors')
 TABLES, TEXTS = ('parquet', 'arrow'), ('jsonl', 'json', 'csv', 'tsv', 'txt')
 KINDS = TABLES + TEXTS
 # what save_to_disk and the hub leave beside the data, and legal texts
@@ -162,7 +161,6 @@ def find_files(source):
 def fetch(source):
     """The files of a hub id, from the cache if they are there -> folder."""
     from huggingface_hub import snapshot_download
-    print(f"{source}: its files from the hub")
     get = partial(snapshot_download, source, repo_type='dataset', revision=revision or None)
     with from_hub("no dataset", source):
         card = read_card(source, get(allow_patterns='README.md'))
@@ -372,8 +370,9 @@ def plain(text):
         text = text.replace(END_OF_TEXT, '\n')
     if letters_only:
         text = text.lower()
-        if re.search(r'[^\W\d_a-z]', text):
-            say_once("letters other than a-z are left out; --letters_only=false keeps them")
+        if len(re.findall(r'[^\W\d_a-z]', text)) > len(text) / 100:
+            say_once("WARNING: letters other than a-z are left out, their words broken; "
+                     "--letters_only=false keeps them")
         text = re.sub('[^a-z]+', ' ', text)
     return text
 
@@ -611,8 +610,9 @@ if __name__ == '__main__':
     try:
         folder.mkdir(parents=True)
         meta, tok = make_set(folder, files, names, {key: globals()[key] for key in settings})
-        # also of our own tokenizer and encoder: a resume sees if one was made anew
-        meta['checksums'] = {file: sha256(folder / file) for file in CHECKED
+        # a resume sees by them if any was made anew
+        checked = (*FILES, 'tokenizer/tokenizer.json', 'encoder/model.safetensors')
+        meta['checksums'] = {file: sha256(folder / file) for file in checked
                              if (folder / file).exists()}
         (folder / 'meta.json').write_text(json.dumps(meta, indent=1))
         swap_in(folder, final)

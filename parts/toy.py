@@ -3,7 +3,6 @@ What lets everything run without a download: the text inside every Python, a tas
 tokenizers trained on the text at hand, and a small T5 encoder whose vectors are made, not trained.
 """
 import ast
-import fnmatch
 import json
 import os
 import random
@@ -26,10 +25,10 @@ def docstrings():
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     # a distribution may leave some out, or put its own packages beside
     skipped = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'lib2to3'}
-    for folder, folders, files in os.walk(os.path.dirname(os.__file__)):
-        folders[:] = sorted(set(folders) - skipped)     # to go on to
-        for file in sorted(fnmatch.filter(files, '*.py')):
-            for node in ast.walk(ast.parse(Path(folder, file).read_bytes())):
+    library = Path(os.__file__).parent
+    for file in sorted(library.rglob('*.py'), key=lambda file: (file.parent.parts, file.name)):
+        if skipped.isdisjoint(file.relative_to(library).parts):
+            for node in ast.walk(ast.parse(file.read_bytes())):
                 if isinstance(node, documented):
                     yield ast.get_docstring(node) or ''
 
