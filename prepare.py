@@ -196,7 +196,7 @@ def read_card(source, folder):
 
 def kind_of(path):
     """Its ending without that of a compression, x.JSONL.gz -> jsonl; or what is made here."""
-    *_, ending = re.sub(r'\.(gz|bz2|xz)$', '', path.lower()).rpartition('.')
+    ending = re.sub(r'\.(gz|bz2|xz)$', '', path.lower()).rpartition('.')[2]
     return path if path in MADE else ending if ending in KINDS else ''
 
 
@@ -245,8 +245,8 @@ def choose_columns(paths):
 
 def read_rows(file, names=()):
     """
-    The rows of a file -> (where they stand, for messages; {column: value}), of a table with these
-    columns only; lists are arrays.
+    The rows of a file -> (where they stand, for messages; {column: value}); lists are arrays.
+    names: all columns that are needed.
     """
     kind, done = kind_of(file), 0
     if kind == 'jsonl':
@@ -356,8 +356,8 @@ def read_split(files, names, split):
     # a small corpus, too, has some blocks to set aside
     size = sum(map(os.path.getsize, filter(os.path.exists, files['train']))) // 40 or 2000
     size = min(2000, max(100, size))
-    paths = files[split] or files['train']
-    items = chain.from_iterable(read_items(file, names, size) for file in paths)
+    items = chain.from_iterable(read_items(file, names, size)
+                                for file in files[split] or files['train'])
     for i, item in enumerate(items):
         if files['val'] or (i % k == k - 1) == (split == 'val'):
             yield plain(item) if isinstance(item, str) else item
@@ -404,8 +404,8 @@ def check_pair(text_encoder, tok):
     with suppress(UserError):       # some encoders lie without one
         own = load_tokenizer(encoder)
     if known < len(tok) or own.get_vocab() != tok.get_vocab():
-        raise UserError(f"encoder {encoder} knows {known} ids, the tokenizer has {len(tok)}, and "
-                        "is not its own; leave out --tokenizer")
+        raise UserError(f"encoder {encoder} knows {known} ids, the tokenizer has {len(tok)}, or "
+                        "others than its own; leave out --tokenizer")
 
 
 def encode(texts, tok):
@@ -496,8 +496,7 @@ def write_references(folder, files, names, tok):
         print("val.jsonl: the set has no texts, so what its tokenizer makes of the ids")
         pairs = (tok.batch_decode(pair, skip_special_tokens=True)
                  for pair in read_split(files, names, 'val'))
-    rows = (dict(input=condition, target=target) for condition, target in pairs)
-    write_jsonl(f'{folder}/val.jsonl', rows)
+    write_jsonl(f'{folder}/val.jsonl', (dict(input=a, target=b) for a, b in pairs))
 
 # --------------------------------------------------------------------------------------------------
 # encoder
@@ -563,7 +562,7 @@ def check(final):
 
 def swap_in(folder, final):
     """Put the new set in the place of the old; finish_swap mends what a kill in between leaves."""
-    old = final.with_name(f'.{name}.old')
+    old = final.with_name(f'.{final.name}.old')
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
@@ -580,7 +579,7 @@ def show(meta, tok, asked):
               f"{first[:200]!r}")
         unknown = np.mean(ids[:10_000_000] == tok.unk_token_id)
         if unknown > 0.01:
-            print(f"  WARNING: {unknown:.1%} of the tokens are {tok.unk_token}, their text lost; "
+            print(f"  WARNING: {unknown:.1%} of the tokens are unknown, their text lost; "
                   "without --tokenizer one is trained on this text")
     known = asked == name in CONFIGS
     config = CONFIGS[name] if known else CONFIGS_OF_OWN[meta['conditional']][encoder != '']
@@ -606,7 +605,7 @@ if __name__ == '__main__':
     letters_only &= len(names) == 1
 
     # in a folder of another name until all is there; not by its pid: many containers have the same
-    folder = final.with_name(f'.{name}.tmp-{time.time_ns()}')
+    folder = final.with_name(f'.{final.name}.tmp-{time.time_ns()}')
     try:
         folder.mkdir(parents=True)
         meta, tok = make_set(folder, files, names, {key: globals()[key] for key in settings})

@@ -645,7 +645,9 @@ def test_a_set_that_is_a_link(make, tmp_path, tok, text):
     make(tmp_path / 'x.txt', *tok, f'--data_dir={tmp_path}/data', '--name=y')
     (tmp_path / 'data').rename(tmp_path / 'disk' / 'sets')
     (tmp_path / 'data').symlink_to(tmp_path / 'disk' / 'sets')
-    assert make(tmp_path / 'x.txt', *tok, '--name=y')['rows'] and (tmp_path / 'data').is_symlink()
+    for name in ('y', 'deep/er', 'deep/er'):
+        assert make(tmp_path / 'x.txt', *tok, f'--name={name}')['rows']
+    assert (tmp_path / 'data').is_symlink() and os.listdir(tmp_path / 'data' / 'deep') == ['er']
 
 
 def test_what_another_container_with_this_pid_left(make, tmp_path, tok, text):
@@ -857,7 +859,7 @@ def test_a_little_text_in_one_line(make, tmp_path):
 def test_unknown_tokens_are_said(make, tmp_path, tok):
     args = ['--letters_only=false', '--pack=lines', *tok]
     make(write(tmp_path / 'a.txt', 'abc ж\n' * 3000), *args)
-    assert 'WARNING: 16.7% of the tokens are <unk>' in make.out
+    assert 'WARNING: 16.7% of the tokens are unknown' in make.out
     make(write(tmp_path / 'b.txt', 'abc d\n' * 3000), *args)
     assert 'WARNING' not in make.out
 
