@@ -256,8 +256,8 @@ def read_rows(file, names=()):
         rows = (dict(text=line.removesuffix('\n') + '\n') for line in read_lines(file))
     elif kind in ('csv', 'tsv'):    # not by pandas, to which "NA" is nothing
         csv.field_size_limit(1 << 30)
-        separator = ',' if kind == 'csv' else '\t'
-        rows = csv.DictReader(read_lines(file), delimiter=separator, strict=True)
+        rows = csv.DictReader(read_lines(file), delimiter=',' if kind == 'csv' else '\t',
+                              strict=True)
     else:
         rows = MADE[kind]() if kind in MADE else read_table(file, kind, names)
     try:
@@ -313,7 +313,7 @@ def read_items(file, names, size):
     values = read_values(file, names)
     if len(names) == 2 or 'ids' in names[0]:
         return values
-    texts = (text for text, in values)
+    texts = chain.from_iterable(values)
     if pack == 'lines':
         return (line for text in texts for line in text.split('\n') if line.strip())
     if kind_of(file) not in ('txt', 'pydocs'):
@@ -443,20 +443,21 @@ def pack_rows(pieces, max_length, eos):
     not fit; a longer one is cut into full rows. Rows neither start nor end with a piece of white
     space. [the rule of the published OpenWebText set]
     """
-    row, end = [], 0            # end: where its last piece ends that is no white space
+    row, between = [], []       # between: white space that only counts if another word fits
     for ids, space in pieces:
-        if row and len(row) + len(ids) >= max_length:
-            yield row[:end] + [eos]
-            row, end = [], 0
-        if space and not row:
+        if space:
+            between += ids
             continue
-        while len(ids) >= max_length:
-            yield ids[:max_length - 1] + [eos]
-            ids = ids[max_length - 1:]
-        row = row + ids
-        end = end if space else len(row)
+        if row and len(row) + len(between) + len(ids) >= max_length:
+            yield row + [eos]
+            row = []
+        row = row + between + ids if row else ids
+        between = []
+        while len(row) >= max_length:
+            yield row[:max_length - 1] + [eos]
+            row = row[max_length - 1:]
     if row:
-        yield row[:end] + [eos]
+        yield row + [eos]
 
 
 def cut_rows(texts, tok, max_length):
