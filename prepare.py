@@ -298,10 +298,10 @@ def read_values(file, names):
         if not all(is_ids(value) if ids else isinstance(value, str) for value in values):
             raise UserError(f"{where} lacks {'ids' if ids else 'text'} under {' or '.join(names)}: "
                             f"{str(row)[:100]}")
-        if len(names) == 2 and not ids and not all(map(str.strip, values)):
-            say_once(f"{file}: pairs with a blank side are left out")
-        else:
+        if ids or len(names) == 1 or all(map(str.strip, values)):
             yield values
+        else:
+            say_once(f"{file}: pairs with a blank side are left out")
 
 
 def is_ids(value):
@@ -338,10 +338,10 @@ def blocks(lines, size):
     Lines, their ends included -> blocks of whole lines of about size characters. An endless line is
     cut between words, an endless word anywhere.
     """
-    between_words = re.compile(rf'(?s).{{1,{size}}}(?:\s+|$)|\S{{1,{size}}}\s*')
+    between_words = rf'(?s).{{1,{size}}}(?:\s+|$)|\S{{1,{size}}}\s*'
     block = ''
     for line in lines:
-        for part in [line] if len(line) <= 2 * size else between_words.findall(line):
+        for part in [line] if len(line) <= 2 * size else re.findall(between_words, line):
             block += part
             if len(block) >= size:
                 yield block
@@ -381,12 +381,12 @@ def plain(text):
 
 def find_tokenizer(folder, files, names):
     """The tokenizer that is named, else one trained on the texts and saved in folder."""
-    named = tokenizer or encoder
-    path = named or folder / 'tokenizer'
-    if not named:
+    path = tokenizer or encoder
+    if not path:
         if 'ids' in names[-1]:
             raise UserError("the dataset holds ids; name the tokenizer they are from, "
                             "for example --tokenizer=t5-small")
+        path = folder / 'tokenizer'
         texts = read_split(files, names, 'train')
         texts = texts if len(names) == 1 else chain.from_iterable(texts)
         train_tokenizer(texts, token_level, vocab_size, letters_only).save_pretrained(path)
@@ -532,8 +532,7 @@ def make_set(folder, files, names, settings):
     for split in ('train', 'val'):
         rows = make_rows(read_split(files, names, split), names, tok, pack, max_length)
         rows = tqdm(rows, desc=split, unit=' rows', disable=None)
-        written = write_split(meta, split, rows)
-        meta['rows'][split], meta['tokens'][split], longest = written
+        meta['rows'][split], meta['tokens'][split], longest = write_split(meta, split, rows)
         meta['max_length'] = max(meta['max_length'], longest)
         if not meta['rows'][split]:
             raise UserError(f"{dataset} is too little: no rows for {split}; give more, a larger "
