@@ -6,7 +6,6 @@ Text to tokenised, memory-mapped bins: data/<name>/, see parts/data.py.
     python prepare.py --dataset=my.txt --letters_only=false --max_length=64
     python prepare.py --dataset=pairs.jsonl --encoder=t5-small      # or any other of the hub
     python prepare.py --dataset=openwebtext         # the published ids, from the hub
-    python prepare.py --dataset=openwebtext-raw     # the texts themselves, tokenised here
     python prepare.py --dataset=tinystories         # more names: KNOWN, below
 
 Own data: a file (.txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow, or .gz, .bz2, .xz of one), a
@@ -24,8 +23,9 @@ import re
 import shlex
 import shutil
 import time
+from contextlib import suppress
 from functools import cache, partial
-from itertools import chain, pairwise, tee
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ dataset = 'pydocs'      # the text inside every Python; a file, folder or hub id
 val_dataset = ''        # validation from another such source, '' = its own split, else val_fraction
 subset = ''             # of several configurations or folders: one, such as 'de-en'; '.' = all
 columns = ''            # of a table: 'text', or 'input,output' and the like; '' = by their names
-revision = ''           # of a hub id: branch, tag or commit
+revision = ''           # of hub ids: branch, tag or commit
 name = ''               # folder under data_dir, '' = the dataset's name
 data_dir = 'data'
 letters_only = True     # texts: a-z, lower-case, and single spaces, the easiest; false = all of it
@@ -79,12 +79,12 @@ KNOWN = {
                         val_dataset='embedded-language-flows/wmt14_de-en_validation_t5'),
     'xsum': dict(T5, dataset='embedded-language-flows/xsum_train_t5',
                  val_dataset='embedded-language-flows/xsum_validation_t5'),
-    # the texts it was made from, at the revision with parquet files; those of the other two:
+    # The texts that they were made from, to be tokenised here, with --tokenizer=t5-small
+    # --encoder=t5-small and:
+    #     --dataset=Skylion007/openwebtext --revision=963532436460638ab26b7633e23776e6c7e37d59 \
+    #         --letters_only=false --pack=paragraphs --max_length=1024 --val_fraction=0.0005
     #     --dataset=wmt/wmt14 --subset=de-en --columns=de,en
     #     --dataset=EdinburghNLP/xsum --revision=refs/convert/parquet
-    'openwebtext-raw': dict(T5, dataset='Skylion007/openwebtext', val_fraction=0.0005,
-                            revision='963532436460638ab26b7633e23776e6c7e37d59',
-                            pack='paragraphs', max_length=1024),
     # One story a row, so that a model learns where stories begin and end. Of 2,316 stories, 202
     # tokens in the median, 79 % are whole in 256 tokens; that keeps 88 % of the text, and 21 % of
     # the rows is padding. In 512 tokens: 96 %, 98 %, and 56 % padding at twice the work.
@@ -94,18 +94,15 @@ KNOWN = {
 # what to train them with: one's own command line adds to it
 CONFIGS = {'pydocs': 'pydocs', 'numbers': 'numbers', 'openwebtext': 'owt_elf_b',
            'wmt14_de-en': 'wmt14_de_en_elf_b', 'xsum': 'xsum_elf_b', 'tinystories': 'tinystories'}
-# of other texts, and of other pairs: with an untrained encoder, t5-small, another trained one
-CONFIGS_OF_OWN = (('pydocs', 'owt_elf_b', 'minilm'), ('numbers', 'wmt14_de_en_elf_b', 'numbers'))
+# of other texts, and of other pairs: with an untrained encoder, with a trained one
+CONFIGS_OF_OWN = (('pydocs', 'owt_elf_b'), ('numbers', 'wmt14_de_en_elf_b'))
 
 # --------------------------------------------------------------------------------------------------
 # a source: files of one kind, by split
 
 MADE = dict(pydocs=pydocs, numbers=numbers)
-CARD = 'README.md'
-CHECKED = (*FILES, 'tokenizer/tokenizer.json', 'encoder/model.safetensors')
 TABLES, TEXTS = ('parquet', 'arrow'), ('jsonl', 'json', 'csv', 'tsv', 'txt')
 KINDS = TABLES + TEXTS
-KIND = re.compile(rf"(?i).*\.({'|'.join(KINDS)})(\.gz|\.bz2|\.xz)?")
 # what save_to_disk and the hub leave beside the data, and legal texts
 NO_CORPUS = re.compile(r'(.*/)?((dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow|'
                        r'(?i:(licen[sc]e|readme|notice|copying)(?![a-z])[^/]*\.txt))')
@@ -118,7 +115,7 @@ def load_source():
     What --dataset and --val_dataset name -> {'train', 'val', 'test': paths, perhaps none}, the
     columns to read. UserError if it cannot be used.
     """
-    files = find_files(dataset, revision)
+    files = find_files(dataset)
     if val_dataset:
         other = find_files(val_dataset)
         files.update(val=other['val'] or other['train'] or other['test'], test=[])
@@ -130,7 +127,7 @@ def load_source():
     return files, choose_columns(files['train'])
 
 
-def find_files(source, revision=''):
+def find_files(source):
     """
     The files of what a setting names -> {'train', 'val', 'test': paths}. UserError if they are no
     single corpus.
@@ -139,7 +136,7 @@ def find_files(source, revision=''):
     files = dict(train=[], val=[], test=[])
     if kind_of(source) and not os.path.isdir(source):       # a file is taken, whatever its name
         return files | dict(train=[source])
-    folder = source if os.path.exists(source) else fetch(source, revision)
+    folder = source if os.path.exists(source) else fetch(source)
     card = read_card(source, folder)
     patterns = card or {os.path.join(subset, '**/*'): 'train'}
     found = {file: split for pattern, split in patterns.items()
@@ -161,13 +158,12 @@ def find_files(source, revision=''):
     return files
 
 
-def fetch(source, revision):
+def fetch(source):
     """The files of a hub id, from the cache if they are there -> folder."""
     from huggingface_hub import snapshot_download
-    print(f"{source}: its files from the hub")
     get = partial(snapshot_download, source, repo_type='dataset', revision=revision or None)
     with from_hub("no dataset", source):
-        card = read_card(source, get(allow_patterns=CARD))
+        card = read_card(source, get(allow_patterns='README.md'))
         for kinds in (TABLES, TEXTS):       # tables first: often a text lies beside them
             endings = [f"{subset.strip('.')}*.{kind}*" for kind in kinds]
             folder = get(allow_patterns=list(card) or endings)
@@ -184,7 +180,7 @@ def read_card(source, folder):
     from datasets.data_files import sanitize_patterns
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import metadata_load
-    card = os.path.join(folder, CARD)
+    card = os.path.join(folder, 'README.md')
     if not os.path.exists(card):
         return {}
     with from_hub("cannot read", card):
@@ -200,8 +196,8 @@ def read_card(source, folder):
 
 def kind_of(path):
     """Its ending without that of a compression, x.JSONL.gz -> jsonl; or what is made here."""
-    found = KIND.fullmatch(path)
-    return found[1].lower() if found else path * (path in MADE)
+    ending = re.sub(r'\.(gz|bz2|xz)$', '', path.lower()).rpartition('.')[2]
+    return path if path in MADE else ending if ending in KINDS else ''
 
 
 def split_of(path):
@@ -234,12 +230,12 @@ def choose_columns(paths):
     where, row = first_row(paths)
     readings = [names for names in READINGS if row.keys() >= set(names)]
     if columns:
-        readings = [columns.split(',')]
+        readings = [columns.split(',', 1)]
     elif row.keys() & UNCLEAR:
         readings = []
-    elif 'input_ids' in row and 'text' not in row:      # the texts beside ids are the same
+    elif 'condition_input_ids' in row:      # the texts beside ids are the same
         readings = readings[:1]
-    if len(readings) != 1 or len(readings[0]) > 2:
+    if len(readings) != 1:
         raise UserError(f"{where} has the columns {', '.join(row)}; say which to read, such as "
                         "--columns=text, or condition and target: --columns=prompt,completion")
     names, = readings
@@ -247,8 +243,11 @@ def choose_columns(paths):
     return names
 
 
-def read_rows(file):
-    """The rows of a file -> (where they stand, for messages; {column: value}); lists are arrays."""
+def read_rows(file, names=()):
+    """
+    The rows of a file -> (where they stand, for messages; {column: value}); lists are arrays.
+    names: all columns that are needed.
+    """
     kind, done = kind_of(file), 0
     if kind == 'jsonl':
         yield from read_jsonl(file)
@@ -257,10 +256,10 @@ def read_rows(file):
         rows = (dict(text=line.removesuffix('\n') + '\n') for line in read_lines(file))
     elif kind in ('csv', 'tsv'):    # not by pandas, to which "NA" is nothing
         csv.field_size_limit(1 << 30)
-        separator = ',' if kind == 'csv' else '\t'
-        rows = csv.DictReader(read_lines(file), delimiter=separator, strict=True)
+        rows = csv.DictReader(read_lines(file), delimiter=',' if kind == 'csv' else '\t',
+                              strict=True)
     else:
-        rows = MADE[kind]() if kind in MADE else read_table(file, kind)
+        rows = MADE[kind]() if kind in MADE else read_table(file, kind, names)
     try:
         for row in rows:
             if None in row:
@@ -275,13 +274,15 @@ def read_rows(file):
                         "of its own doubled") from None
 
 
-def read_table(file, kind):
-    """The rows of a file that `datasets` opens."""
+def read_table(file, kind, names):
+    """The rows of a file that `datasets` opens; of these columns, if it has them, else of all."""
     import datasets
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # errors are one line of ours
     rows = datasets.load_dataset(kind, data_files=glob.escape(file), split='train',
                                  streaming=True)    # the pages of a mapped file are memory
     for table in rows.with_format('arrow').iter(1000):
+        if names and set(names) <= set(table.column_names):     # others, of long texts, are slow
+            table = table.select(names)
         for row in table.to_pandas().to_dict('records'):
             yield row.get('translation') or row
 
@@ -292,19 +293,19 @@ def read_values(file, names):
     is left out, aloud.
     """
     ids = 'ids' in names[-1]
-    for where, row in read_rows(file):
-        values = tuple(row.get(name) for name in names)
+    for where, row in read_rows(file, names):
+        values = tuple(map(row.get, names))
         if not all(is_ids(value) if ids else isinstance(value, str) for value in values):
             raise UserError(f"{where} lacks {'ids' if ids else 'text'} under {' or '.join(names)}: "
                             f"{str(row)[:100]}")
-        if len(names) == 2 and not ids and not all(map(str.strip, values)):
-            say_once(f"{file}: pairs with a blank side are left out")
-        else:
+        if ids or len(names) == 1 or all(map(str.strip, values)):
             yield values
+        else:
+            say_once(f"{file}: pairs with a blank side are left out")
 
 
 def is_ids(value):
-    return isinstance(value, np.ndarray) and value.dtype.kind in 'iu' and len(value) > 0
+    return isinstance(value, np.ndarray) and value.dtype.kind in 'iu' and len(value)
 
 
 def read_items(file, names, size):
@@ -312,7 +313,7 @@ def read_items(file, names, size):
     values = read_values(file, names)
     if len(names) == 2 or 'ids' in names[0]:
         return values
-    texts = (text for text, in values)
+    texts = chain.from_iterable(values)
     if pack == 'lines':
         return (line for text in texts for line in text.split('\n') if line.strip())
     if kind_of(file) not in ('txt', 'pydocs'):
@@ -324,11 +325,11 @@ def marked_texts(lines):
     """The texts of a .txt with <|endoftext|> between them."""
     text = ''
     for line in lines:
-        *ends, rest = line.split(END_OF_TEXT)
-        for end in ends:
-            yield text + end
-            text = ''
-        text += rest
+        end, *starts = line.split(END_OF_TEXT)
+        text += end
+        for start in starts:
+            yield text
+            text = start
     yield text
 
 
@@ -337,10 +338,10 @@ def blocks(lines, size):
     Lines, their ends included -> blocks of whole lines of about size characters. An endless line is
     cut between words, an endless word anywhere.
     """
-    between_words = re.compile(rf'(?s).{{1,{size}}}(?:\s+|$)|\S{{1,{size}}}\s*')
+    between_words = rf'(?s).{{1,{size}}}(?:\s+|$)|\S{{1,{size}}}\s*'
     block = ''
     for line in lines:
-        for part in [line] if len(line) <= 2 * size else between_words.findall(line):
+        for part in [line] if len(line) <= 2 * size else re.findall(between_words, line):
             block += part
             if len(block) >= size:
                 yield block
@@ -355,8 +356,8 @@ def read_split(files, names, split):
     # a small corpus, too, has some blocks to set aside
     size = sum(map(os.path.getsize, filter(os.path.exists, files['train']))) // 40 or 2000
     size = min(2000, max(100, size))
-    paths = files[split] or files['train']
-    items = chain.from_iterable(read_items(file, names, size) for file in paths)
+    items = chain.from_iterable(read_items(file, names, size)
+                                for file in files[split] or files['train'])
     for i, item in enumerate(items):
         if files['val'] or (i % k == k - 1) == (split == 'val'):
             yield plain(item) if isinstance(item, str) else item
@@ -372,7 +373,7 @@ def plain(text):
         if len(re.findall(r'[^\W\d_a-z]', text)) > len(text) / 100:
             say_once("WARNING: letters other than a-z are left out, their words broken; "
                      "--letters_only=false keeps them")
-        text = re.sub(r'[^a-z]+', ' ', text)
+        text = re.sub('[^a-z]+', ' ', text)
     return text
 
 # --------------------------------------------------------------------------------------------------
@@ -380,17 +381,17 @@ def plain(text):
 
 def find_tokenizer(folder, files, names):
     """The tokenizer that is named, else one trained on the texts and saved in folder."""
-    named = tokenizer or encoder
-    path = named or os.path.join(folder, 'tokenizer')
-    if not named:
+    path = tokenizer or encoder
+    if not path:
         if 'ids' in names[-1]:
             raise UserError("the dataset holds ids; name the tokenizer they are from, "
                             "for example --tokenizer=t5-small")
+        path = folder / 'tokenizer'
         texts = read_split(files, names, 'train')
         texts = texts if len(names) == 1 else chain.from_iterable(texts)
         train_tokenizer(texts, token_level, vocab_size, letters_only).save_pretrained(path)
     tok = load_tokenizer(path)
-    if not tok.is_fast or tok.pad_token_id is None or tok.eos_token_id is None:
+    if not tok.is_fast or None in (tok.pad_token_id, tok.eos_token_id):
         raise UserError(f"tokenizer {path!r} has no pad token, no EOS or SEP, or no fast version; "
                         "take another, or save it with a pad_token of its vocabulary")
     return tok
@@ -399,45 +400,41 @@ def find_tokenizer(folder, files, names):
 def check_pair(text_encoder, tok):
     """UserError for an encoder and a tokenizer that are not made for each other."""
     known = text_encoder.model.get_input_embeddings().num_embeddings
-    if known < len(tok):
-        raise UserError(f"encoder {encoder} knows {known} ids, the tokenizer has {len(tok)}; take "
-                        "the encoder's own tokenizer")
-    try:
+    own = tok
+    with suppress(UserError):       # some encoders lie without one
         own = load_tokenizer(encoder)
-    except UserError:       # some lie without one
-        return
-    if own.get_vocab() != tok.get_vocab():
-        raise UserError(f"encoder {encoder} has a tokenizer of its own, and {tokenizer} is another;"
-                        " leave out --tokenizer")
+    if known < len(tok) or own.get_vocab() != tok.get_vocab():
+        raise UserError(f"encoder {encoder} knows {known} ids, the tokenizer has {len(tok)}, or "
+                        "others than its own; leave out --tokenizer")
 
 
 def encode(texts, tok):
     """
-    Texts -> their encodings (.ids, .offsets) one after the other, made on all cores. '</s>' spelled
-    out in a text is no EOS, but text.
+    Texts -> (text, its encoding: .ids, .offsets) one after the other, made on all cores. '</s>'
+    spelled out in a text is no EOS, but text.
     """
     for batch in batched(texts, 1000):
-        yield from tok(batch, add_special_tokens=False, split_special_tokens=True,
-                       verbose=False).encodings
+        codes = tok(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        yield from zip(batch, codes.encodings)
 
 
 def split_words(texts, tok):
     """Texts -> (ids, is white space) of one word after the other."""
-    texts, again = tee(texts)
-    for text, code in zip(texts, encode(again, tok)):
+    for text, code in encode(texts, tok):
         ids, spans = code.ids, code.offsets
         # a word starts where there is white space before or at a token
+        around = ' ' + text
         starts = [i for i, (start, _) in enumerate(spans)
-                  if start == 0 or text[start - 1].isspace() or text[start].isspace()]
+                  if around[start].isspace() or around[start + 1].isspace()]
         for i, j in pairwise([*starts, len(ids)]):
             yield ids[i:j], text[spans[i][0]:spans[j - 1][1]].isspace()
 
 
 def split_paragraphs(texts, tok):
     """Texts end to end -> (ids, is white space: no) of one paragraph, with its newline, a time."""
-    batches = map(''.join, batched(texts, 256))
-    paragraphs = chain.from_iterable(re.findall(r'.*\n|.+', batch) for batch in batches)
-    return ((code.ids, False) for code in encode(paragraphs, tok))
+    for batch in batched(texts, 256):
+        for _, code in encode(re.findall(r'.*\n|.+', ''.join(batch)), tok):
+            yield code.ids, False
 
 
 def pack_rows(pieces, max_length, eos):
@@ -446,26 +443,27 @@ def pack_rows(pieces, max_length, eos):
     not fit; a longer one is cut into full rows. Rows neither start nor end with a piece of white
     space. [the rule of the published OpenWebText set]
     """
-    row, end = [], 0            # end: where its last piece ends that is no white space
+    row, between = [], []       # between: white space that only counts if another word fits
     for ids, space in pieces:
-        if row and len(row) + len(ids) >= max_length:
-            yield row[:end] + [eos]
-            row, end = [], 0
-        if space and not row:
+        if space:
+            between += ids
             continue
-        while len(ids) >= max_length:
-            yield ids[:max_length - 1] + [eos]
-            ids = ids[max_length - 1:]
-        row = row + ids
-        end = end if space else len(row)
+        if row and len(row) + len(between) + len(ids) >= max_length:
+            yield row + [eos]
+            row = []
+        row = row + between + ids if row else ids
+        between = []
+        while len(row) >= max_length:
+            yield row[:max_length - 1] + [eos]
+            row = row[max_length - 1:]
     if row:
-        yield row[:end] + [eos]
+        yield row + [eos]
 
 
 def cut_rows(texts, tok, max_length):
     """One text a row, closed by EOS; what does not fit into max_length ids is cut off, aloud."""
     cut = 0
-    for code in encode(map(str.strip, texts), tok):
+    for _, code in encode(map(str.strip, texts), tok):
         if ids := code.ids:
             yield ids[:max_length - 1] + [tok.eos_token_id]
             cut += len(ids) >= max_length
@@ -479,7 +477,7 @@ def make_rows(items, names, tok, pack, max_length):
     if 'ids' in names[-1]:
         return (((), *item)[-2:] for item in items)
     if len(names) == 2:
-        sides = (code.ids + [eos] for code in encode(chain.from_iterable(items), tok))
+        sides = (code.ids + [eos] for _, code in encode(chain.from_iterable(items), tok))
         return zip(sides, sides)        # a condition, then its target
     if pack in ('texts', 'lines'):
         rows = cut_rows(items, tok, max_length)
@@ -499,8 +497,7 @@ def write_references(folder, files, names, tok):
         print("val.jsonl: the set has no texts, so what its tokenizer makes of the ids")
         pairs = (tok.batch_decode(pair, skip_special_tokens=True)
                  for pair in read_split(files, names, 'val'))
-    rows = (dict(input=condition, target=target) for condition, target in pairs)
-    write_jsonl(os.path.join(folder, 'val.jsonl'), rows)
+    write_jsonl(f'{folder}/val.jsonl', (dict(input=a, target=b) for a, b in pairs))
 
 # --------------------------------------------------------------------------------------------------
 # encoder
@@ -510,15 +507,13 @@ def measure_latents(text_encoder, meta):
     T = min(1024, meta['max_length'])       # an endless row would not fit into memory
     c = ELFConfig(max_length=T, max_input_length=T)
     rows = np.unique(np.linspace(0, meta['rows']['train'] - 1, 512).astype(int))
-    count, total, square = 0, 0.0, 0.0
-    for batch in batched(rows, max(1, 2048 // T)):
+    sums = np.zeros(3)      # of 1, of the values, of their squares
+    for batch in batched(rows, 2048 // T):
         ids, valid, _ = get_rows(meta, 'train', batch, c)
         x = text_encoder(ids, valid)[valid].double()        # (valid tokens, C)
-        count += x.numel()
-        total += x.sum().item()
-        square += x.square().sum().item()
-    mean = total / count
-    return mean, (square / count - mean**2) ** 0.5
+        sums += x.numel(), x.sum(), x.square().sum()
+    _, mean, square = (sums / sums[0]).tolist()
+    return mean, (square - mean**2) ** 0.5
 
 # --------------------------------------------------------------------------------------------------
 # before and after
@@ -537,13 +532,12 @@ def make_set(folder, files, names, settings):
     for split in ('train', 'val'):
         rows = make_rows(read_split(files, names, split), names, tok, pack, max_length)
         rows = tqdm(rows, desc=split, unit=' rows', disable=None)
-        written = write_split(meta, split, rows)
-        meta['rows'][split], meta['tokens'][split], longest = written
+        meta['rows'][split], meta['tokens'][split], longest = write_split(meta, split, rows)
         meta['max_length'] = max(meta['max_length'], longest)
         if not meta['rows'][split]:
             raise UserError(f"{dataset} is too little: no rows for {split}; give more, a larger "
                             "val_fraction, or --letters_only=false, which keeps more than a-z "
-                            f"(--pack=texts needs {END_OF_TEXT} in a .txt)")
+                            "(--pack=texts needs <|endoftext|> in a .txt)")
     if len(names) == 2:
         write_references(folder, files, names, tok)
     if not encoder:
@@ -556,23 +550,19 @@ def make_set(folder, files, names, settings):
     return meta, tok
 
 
-def check():
-    """All that is refused before anything is read; a set that a kill left aside is put back."""
+def check(final):
+    """What is refused before anything is read; a set that a kill left aside is put back."""
     if max_length < 2:
         raise UserError("max_length starts at 2, as EOS is one of a row's tokens")
-    if not re.fullmatch(r'[^./\\][^/\\]*', name):
-        raise UserError(f"name={name!r}: must be one folder's name, without slashes; "
-                        "--data_dir says where")
-    finish_swap(data_dir, name)
-    final = Path(data_dir, name)
+    finish_swap(final.parent, final.name)
     if final.is_symlink() or final.exists() and not (final / 'meta.json').exists():
         raise UserError(f"{final} is there already, and is a link or holds no bins (no meta.json); "
                         "choose another --name or --data_dir")
 
 
-def swap_in(folder):
+def swap_in(folder, final):
     """Put the new set in the place of the old; finish_swap mends what a kill in between leaves."""
-    final, old = Path(data_dir, name), Path(data_dir, f'.{name}.old')
+    old = final.with_name(f'.{final.name}.old')
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
@@ -584,16 +574,15 @@ def show(meta, tok, asked):
     """Print what the user should have now, what was lost, and what to run; asked: --dataset."""
     for split in ('val', 'train'):
         ids, index = open_split(meta, split)
-        first = tok.batch_decode(read_row(ids, index, 0), skip_special_tokens=True)
+        first = tok.decode(np.concatenate(read_row(ids, index, 0)))
         print(f"{ids.filename}: {len(index):,} rows, {len(ids):,} tokens; the first row: "
-              f"{' -> '.join(filter(None, first))[:200]!r}")
+              f"{first[:200]!r}")
         unknown = np.mean(ids[:10_000_000] == tok.unk_token_id)
         if unknown > 0.01:
-            print(f"  WARNING: {unknown:.1%} of the tokens are {tok.unk_token}, their text lost; "
+            print(f"  WARNING: {unknown:.1%} of the tokens are unknown, their text lost; "
                   "without --tokenizer one is trained on this text")
     known = asked == name in CONFIGS
-    kind = 0 if not encoder else 1 if encoder == 't5-small' else 2
-    config = CONFIGS[name] if known else CONFIGS_OF_OWN[meta['conditional']][kind]
+    config = CONFIGS[name] if known else CONFIGS_OF_OWN[meta['conditional']][encoder != '']
     command = ['python', 'train.py', f'config/{config}.py']
     if not known:
         command += [f'--dataset={name}', f'--out_dir=out/{name}',
@@ -605,28 +594,27 @@ def show(meta, tok, asked):
 if __name__ == '__main__':
     given = set()
     settings = configure(globals(), given=given)
-    name = name or Path(dataset).stem.removesuffix('-raw')
+    name = name or Path(dataset).stem
     asked = dataset
     for key, value in KNOWN.get(asked, {}).items():
         if key == 'dataset' or key not in given:
             globals()[key] = value
-    check()
+    final = Path(data_dir, name)
+    check(final)
     files, names = load_source()
-    letters_only = letters_only and len(names) == 1
+    letters_only &= len(names) == 1
 
     # in a folder of another name until all is there; not by its pid: many containers have the same
-    folder = Path(data_dir, f'.{name}.tmp-{time.time_ns()}')
+    folder = final.with_name(f'.{final.name}.tmp-{time.time_ns()}')
     try:
         folder.mkdir(parents=True)
         meta, tok = make_set(folder, files, names, {key: globals()[key] for key in settings})
-        # also of our own tokenizer and encoder: a resume sees if one was made anew
-        meta['checksums'] = {file: sha256(folder / file) for file in CHECKED
+        # a resume sees by them if any was made anew
+        checked = (*FILES, 'tokenizer/tokenizer.json', 'encoder/model.safetensors')
+        meta['checksums'] = {file: sha256(folder / file) for file in checked
                              if (folder / file).exists()}
         (folder / 'meta.json').write_text(json.dumps(meta, indent=1))
-        swap_in(folder)
-    except OSError as e:
-        raise UserError(f"could not write {data_dir}/{name}: {e}; what was there before is intact"
-                        ) from None
+        swap_in(folder, final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     show(open_bins(data_dir, name), tok, asked)

@@ -100,17 +100,17 @@ def train_tokenizer(texts, level, size, letters_only=False):
     from transformers import PreTrainedTokenizerFast
     special = ['<pad>', '</s>', '<unk>']
     if level == 'subwords':
+        signs = pre_tokenizers.ByteLevel.alphabet()
         tok = Tokenizer(models.BPE(unk_token='<unk>'))
         tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tok.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+                                      initial_alphabet=signs)
         tok.train_from_iterator(texts, trainer)
         if letters_only:        # other bytes keep their ids, but no text has them: they are unknown
             state = json.loads(tok.to_str())
             vocab = state['model']['vocab']
-            known = {'Ġ', *string.ascii_lowercase}
-            for sign in set(pre_tokenizers.ByteLevel.alphabet()) - known:
+            for sign in set(signs) - set('Ġ' + string.ascii_lowercase):
                 i = vocab.pop(sign)
                 vocab[f'[unused{i}]'] = i
             tok = Tokenizer.from_str(json.dumps(state))
@@ -136,16 +136,16 @@ def neighbour_vectors(meta, dim, seed):
     """
     V = meta['vocab_size']
     ids = torch.from_numpy(open_split(meta, 'train')[0][:2_000_000].astype(np.int64))
-    with torch.sparse.check_sparse_tensor_invariants():
-        ones = torch.ones(len(ids) - 1, dtype=torch.float64)
-        after = torch.sparse_coo_tensor(torch.stack((ids[:-1], ids[1:])), ones, (V, V))
-        pairs = torch.cat((after.T, after), dim=1).coalesce()
-        at, counts = pairs.indices(), pairs.values()        # (2, pairs), (pairs,)
-        # the power keeps rare neighbours from ruling
-        tokens, neighbours = at[0].bincount(counts), at[1].bincount(counts) ** 0.75
-        chance = tokens[at[0]] * neighbours[at[1]] / neighbours.sum()
-        surprise = (counts / chance).log().clamp(0).float()
-        surprise = torch.sparse_coo_tensor(at, surprise, pairs.shape)
+    torch.sparse.check_sparse_tensor_invariants.disable()       # who does not choose is warned
+    ones = torch.ones(len(ids) - 1, dtype=torch.float64)
+    after = torch.sparse_coo_tensor(ids.unfold(0, 2, 1).T, ones, (V, V))
+    pairs = torch.cat((after.T, after), dim=1).coalesce()
+    counts, (token, beside) = pairs.values(), pairs.indices()       # each (pairs,)
+    # the power keeps rare neighbours from ruling
+    often, often_beside = token.bincount(counts), beside.bincount(counts) ** 0.75
+    chance = often[token] * often_beside[beside] / often_beside.sum()
+    surprise = (counts / chance).log().clamp(0).float()
+    surprise = torch.sparse_coo_tensor(pairs.indices(), surprise, pairs.shape)
     torch.manual_seed(seed)         # the method starts from random directions
     u, s, _ = torch.svd_lowrank(surprise, q=min(dim + 1, V), niter=4)
     vectors = F.pad(u[:, 1:] * s[1:].sqrt(), (0, dim + 1 - len(s)))

@@ -161,7 +161,7 @@ def test_tokenizers_that_do_not_fit_are_refused(run, tmp_path):
     refused('no tokenizer')                 # transformers makes an empty one of such a folder
     save_word_pieces(folder)
     save_word_pieces(tmp_path / 'other', SIGNS[::-1])
-    refused('a tokenizer of its own', f'--tokenizer={tmp_path / "other"}')
+    refused('others than its own', f'--tokenizer={tmp_path / "other"}')
     save_word_pieces(folder, unk_token='[UNK]', sep_token='[SEP]')
     refused('has no pad token')
 

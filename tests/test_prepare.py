@@ -186,7 +186,7 @@ def test_pydocs_is_prose():
 def test_what_the_user_sets_goes_before_what_a_name_stands_for(make, tmp_path, tok, monkeypatch):
     """By file or command line, also where it is what the default is; the hub's files are here."""
     calls = []
-    parquet(tmp_path / 'hub' / 'train-0.parquet', text=['some words of a story'] * 60)
+    parquet(tmp_path / 'hub' / 'train-0.parquet', text=['some words of a story ' * 9] * 60)
     parquet(tmp_path / 'hub' / 'validation-0.parquet', text=['words of another'] * 20)
 
     def snapshot_download(source, **how):
@@ -194,12 +194,13 @@ def test_what_the_user_sets_goes_before_what_a_name_stands_for(make, tmp_path, t
         return str(tmp_path / 'hub')
     monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot_download)
     config = write(tmp_path / 'config.py', "max_length = 32\npack = 'words'\n")
-    for args, short, pack in (([], False, 'paragraphs'), (['--max_length=32'], True, 'paragraphs'),
+    for args, short, pack in (([], False, 'texts'), (['--max_length=32'], True, 'texts'),
                               ([config], True, 'words')):
-        meta = make('openwebtext-raw', '--name=x', *tok, *args)
+        meta = make('tinystories', '--name=x', *tok, *args)
         assert meta['source']['pack'] == pack and (meta['max_length'] <= 32) == short
     meta = make('tinystories', *tok)
-    assert texts_of(meta, 'train') == ['some words of a story'] * 60 and meta['rows']['val'] == 20
+    story = ('some words of a story ' * 9).strip()
+    assert texts_of(meta, 'train') == [story] * 60 and meta['rows']['val'] == 20
     assert [source for source, _ in calls[6:]] == ['roneneldan/TinyStories'] * 2   # card, tables
     from huggingface_hub.utils import filter_repo_objects
     wanted = calls[1][1]['allow_patterns']
@@ -304,7 +305,7 @@ def test_texts_that_are_refused_leave_the_old_bins(make, tmp_path, text, content
     ('--max_length=1', 'starts at 2'), ('--token_level=nothing', 'token_level'),
     ('--pack=pages', "'words', 'paragraphs', 'texts'"), ('--pack=texts', 'endoftext'),
     ('--val_fraction=1.5', 'val_fraction'),
-    ('--latent_std=-1', 'latent_std'), ('--name=a/b', 'without slashes')])
+    ('--latent_std=-1', 'latent_std')])
 def test_settings_that_are_refused(make, tmp_path, text, arg, says):
     with pytest.raises(UserError, match=says):
         make(write(tmp_path / 'my.txt', text), arg)
@@ -353,7 +354,7 @@ def test_published_layout_every_id_survives(make, tmp_path, tok):
     want = [dict(input=f"in {i}", target=f"out {i}") for i in range(19, 2100, 20)]
     assert references(meta) == want
     assert meta['conditional'] and meta['columns'] == ['condition_input_ids', 'input_ids']
-    assert make.out.count('first row') == 2 and ' -> ' in make.out
+    assert make.out.count('first row') == 2
     # a set of its own for validation
     save_published(tmp_path / 'val', 7)
     meta = make(tmp_path / 'set', f'--val_dataset={tmp_path / "val"}', *tok)
@@ -644,7 +645,9 @@ def test_a_set_that_is_a_link(make, tmp_path, tok, text):
     make(tmp_path / 'x.txt', *tok, f'--data_dir={tmp_path}/data', '--name=y')
     (tmp_path / 'data').rename(tmp_path / 'disk' / 'sets')
     (tmp_path / 'data').symlink_to(tmp_path / 'disk' / 'sets')
-    assert make(tmp_path / 'x.txt', *tok, '--name=y')['rows'] and (tmp_path / 'data').is_symlink()
+    for name in ('y', 'deep/er', 'deep/er'):
+        assert make(tmp_path / 'x.txt', *tok, f'--name={name}')['rows']
+    assert (tmp_path / 'data').is_symlink() and os.listdir(tmp_path / 'data' / 'deep') == ['er']
 
 
 def test_what_another_container_with_this_pid_left(make, tmp_path, tok, text):
@@ -742,7 +745,7 @@ def test_tables_that_can_be_read_in_several_ways(make, tmp_path, tok, names, cho
     assert all(code.decode(ids[:-1]).startswith(text) for ids, text in zip(row, want))
     with pytest.raises(UserError, match='lacks text under nothing: .*' + names[0]):
         make(file, '--columns=nothing', *tok)
-    with pytest.raises(UserError, match='has the columns .* say which'):
+    with pytest.raises(UserError, match='lacks text under a or b,c'):
         make(file, '--columns=a,b,c', *tok)
 
 
@@ -856,7 +859,7 @@ def test_a_little_text_in_one_line(make, tmp_path):
 def test_unknown_tokens_are_said(make, tmp_path, tok):
     args = ['--letters_only=false', '--pack=lines', *tok]
     make(write(tmp_path / 'a.txt', 'abc ж\n' * 3000), *args)
-    assert 'WARNING: 16.7% of the tokens are <unk>' in make.out
+    assert 'WARNING: 16.7% of the tokens are unknown' in make.out
     make(write(tmp_path / 'b.txt', 'abc d\n' * 3000), *args)
     assert 'WARNING' not in make.out
 
