@@ -94,8 +94,8 @@ KNOWN = {
 # what to train them with: one's own command line adds to it
 CONFIGS = {'pydocs': 'pydocs', 'numbers': 'numbers', 'openwebtext': 'owt_elf_b',
            'wmt14_de-en': 'wmt14_de_en_elf_b', 'xsum': 'xsum_elf_b', 'tinystories': 'tinystories'}
-# of other texts, and of other pairs: with an untrained encoder, with a trained one
-CONFIGS_OF_OWN = (('pydocs', 'owt_elf_b'), ('numbers', 'wmt14_de_en_elf_b'))
+# of other texts, and of other pairs: with an untrained encoder, t5-small, another trained one
+CONFIGS_OF_OWN = (('pydocs', 'owt_elf_b', 'minilm'), ('numbers', 'wmt14_de_en_elf_b', 'numbers'))
 
 # --------------------------------------------------------------------------------------------------
 # a source: files of one kind, by split
@@ -582,7 +582,8 @@ def show(meta, tok, asked):
             print(f"  WARNING: {unknown:.1%} of the tokens are unknown, their text lost; "
                   "without --tokenizer one is trained on this text")
     known = asked == name in CONFIGS
-    config = CONFIGS[name] if known else CONFIGS_OF_OWN[meta['conditional']][encoder != '']
+    kind = 0 if not encoder else 1 if encoder == 't5-small' else 2
+    config = CONFIGS[name] if known else CONFIGS_OF_OWN[meta['conditional']][kind]
     command = ['python', 'train.py', f'config/{config}.py']
     if not known:
         command += [f'--dataset={name}', f'--out_dir=out/{name}',

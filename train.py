@@ -183,6 +183,8 @@ if __name__ == '__main__':
     resumed, ckpt, notes = '', {}, []       # the path of a checkpoint, what is in it, what changed
     if init_from == 'resume':
         resumed, ckpt = on_disk.newest_checkpoint(out_dir)
+        for name in ('noise_scale', 'decoder_noise_scale'):     # as it was, where none is given
+            config[name] = globals()[name] or ckpt['config'][name]
         notes = on_disk.check_resume(resumed, ckpt, config)
     elif init_from != 'scratch':
         model = ELF.from_pretrained(init_from)

@@ -136,7 +136,8 @@ def test_prepare_train_and_sample_with_it(kind, run, tmp_path):
     text = tmp_path / 'my.jsonl'
     text.write_text(''.join(json.dumps(dict(input=a, target=a + ' ' + a)) + '\n'
                             for a in ('abc', 'hgf', 'aa', 'bed') * 20))
-    run('prepare.py', f'--dataset={text}', f'--encoder={folder}', data)
+    out = run('prepare.py', f'--dataset={text}', f'--encoder={folder}', data)
+    assert 'next: python train.py config/numbers.py --dataset=my' in out
     meta = open_bins(str(tmp_path), 'my')
     assert (meta['eos_id'], meta['vocab_size'], meta['latent_dim']) == (3, 21, 16)
     assert meta['tokenizer'] == folder and meta['latent_std'] > 0

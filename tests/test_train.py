@@ -341,6 +341,16 @@ def test_a_resumed_run_takes_new_settings_of_the_sampler(run, tiny, tmp_path):
     assert (c.steps, c.gamma, c.grid) == (7, 0.25, 'uniform')
 
 
+def test_a_resumed_run_keeps_its_noise_unless_another_is_given(run, tiny, tmp_path):
+    """tiny gives 0.35, where the width would give 0.354."""
+    args = [arg for arg in tiny if 'noise_scale' not in arg]
+    run('train.py', *tiny, f'--out_dir={tmp_path}', '--max_iters=1')
+    run('train.py', *args, f'--out_dir={tmp_path}', '--max_iters=2', '--init_from=resume')
+    assert ELF.from_pretrained(str(tmp_path)).config.noise_scale == 0.35
+    with pytest.raises(UserError, match='noise_scale was 0.35, now 0.4'):
+        run('train.py', *args, f'--out_dir={tmp_path}', '--init_from=resume', '--noise_scale=0.4')
+
+
 def test_a_fine_tune_samples_as_it_says(run, tiny, tmp_path):
     """Not as the weights that it starts from were published to be sampled in so many steps."""
     run('train.py', *tiny, f'--out_dir={tmp_path}/a', '--max_iters=1')
