@@ -502,7 +502,7 @@ MISTAKES = [
     ('--cfg=2', 'cfg=2.0 is read only with max_input_length'),
     ('--drop_cond_prob=0.1', 'only with max_input_length'),
     ('--learning_rate=nan', 'learning_rate'),
-    ('--dataset=nothing', 'run: python prepare.py --dataset=nothing'),
+    ('--dataset=nothing', 'by python prepare.py --dataset=nothing'),
     ('--max_length=8', 'needs max_length=13 or more here, not 8'),
     ('--encoder=t5-small', 'was made with encoder'),
     ('--tokenizer=t5-small', 'was made with tokenizer'),
