@@ -23,7 +23,7 @@ from functools import lru_cache
 # what people who come from nanoGPT type
 NANOGPT = dict(
     block_size='max_length', lr_decay_iters='max_iters', decay_lr='lr_schedule', start='prompt',
-    max_new_tokens='max_length', wandb_run_name='out_dir', checkpoint='init_from')
+    max_new_tokens='max_length')
 # name = a number, quoted text, True or False, at the margin, perhaps with a comment
 SETTING = re.compile(r"^([a-z][a-z0-9_]*) *= *"
                      r"""(-?[\d._]+(?:[eE][+-]?\d+)?|'[^'\n]*'|"[^"\n]*"|True|False)"""

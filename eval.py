@@ -40,8 +40,9 @@ from tqdm import tqdm
 
 from model import TextEncoder, compute_loss, draw, encode_rows
 from parts.checkpoint import find_checkpoint, make_out_dir
-from parts.data import (batched, check_vocabulary, cut_at_eos, get_rows, load_tokenizer, open_bins,
-                        open_split, printable, read_inputs, read_jsonl, read_row, to_json)
+from parts.data import (add_lines, batched, check_vocabulary, cut_at_eos, get_rows, load_tokenizer,
+                        open_bins, open_split, printable, read_inputs, read_jsonl, read_row,
+                        to_json)
 from parts.device import (autocast, compile_in_place, gather, pack_linears, print0, rank_and_world,
                           start)
 # five of these for those who look for them here
@@ -202,13 +203,6 @@ def sample_set(model, encoder, conditions, n, sampling, seed, batch_size, file):
             add_lines(file, batch, 'a' if rows else 'w')
         rows += batch
     return rows
-
-
-def add_lines(file, rows, mode='a'):
-    """Rows, without their ids, to a file of JSON lines."""
-    with open(file, mode, encoding='utf-8') as f:
-        for row in rows:
-            f.write(to_json({k: v for k, v in row.items() if k != 'ids'}) + '\n')
 
 # --------------------------------------------------------------------------------------------------
 # the lines of the table: one setting of the sampler, or several

@@ -22,7 +22,7 @@ from parts.checkpoint import make_out_dir
 from parts.data import batched, load_tokenizer, printable, row_seed, write_jsonl
 from parts.device import (DTYPES, autocast, compile_in_place, on_signals, pack_linears,
                           rank_and_world, start)
-from parts.page import check_writable, make_frame, moments, show, write_page
+from parts.page import make_frame, moments, show, write_page
 from parts.prompt import encode_given, known_tokens, read_tasks, texts_in
 
 # -------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ if __name__ == '__main__':
         encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
     make_out_dir(out_dir)
     if html:
-        check_writable(html)
+        make_out_dir(os.path.dirname(html) or '.')
     facts = dict(model=source, device=about, seed=seed, length=c.max_length) | sampling
     print(', '.join(f'{name}: {value}' for name, value in facts.items()))
     if not compile or not compile_in_place(model, device=device):

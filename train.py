@@ -228,13 +228,12 @@ if __name__ == '__main__':
 
     # ---- say what was decided, begin to write ---------------------------------------------------
     print0(f"device: {about}, ranks: {world}, compile {'on' if compiled else 'off'}")
-    print0(f"model: {c.n_layer} layers of {c.n_embd}, {c.n_head} heads; "
-           f"{sum(p.numel() for p in params):,} parameters with {optimizer}")
+    n_params = sum(p.numel() for p in params)
+    print0(f"model: {c.n_layer} layers of {c.n_embd}, {n_params:,} parameters")
     print0(f"data: {meta['dir']}, {n_rows:,} rows; encoder {c.encoder}, {c.latent_dim} wide")
-    print0(f"step: {batch_size} rows * {gradient_accumulation_steps} micro-batches = "
-           f"{rows_per_step} rows, {rows_per_step * max_length:,} tokens; {max_iters} iterations = "
-           f"{max_iters * rows_per_step / n_rows:.2f} epochs, {warmup_iters} of warm-up, "
-           f"peak lr {learning_rate:.2e}")
+    print0(f"step: {rows_per_step} rows, {rows_per_step * max_length:,} tokens; {max_iters} "
+           f"iterations = {max_iters * rows_per_step / n_rows:.2f} epochs, {warmup_iters} of "
+           f"warm-up, peak lr {learning_rate:.2e}")
     begin = f'resumed {resumed} at iteration {iter_num}' if resumed else init_from
     print0(f"start: {begin}", *notes, sep='\n  ')
     lock, log, model_args = on_disk.begin_run(out_dir, resumed, config, c)

@@ -34,7 +34,7 @@ def make_out_dir(out_dir):
         os.makedirs(out_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=out_dir).close()
     except OSError as e:
-        raise UserError(f"out_dir={out_dir!r} cannot be written: {e.strerror}") from None
+        raise UserError(f"the folder {out_dir!r} cannot be written: {e.strerror}") from None
 
 
 def lock(out_dir):

@@ -258,9 +258,14 @@ def to_json(x):
     return json.dumps(plain, ensure_ascii=False)
 
 
-def write_jsonl(file, rows):
-    """Dicts as JSON lines, without their 'ids'; the file is there whole or not at all."""
-    with open(file + '.tmp', 'w', encoding='utf-8') as f:
+def add_lines(file, rows, mode='a'):
+    """Dicts, without their 'ids', to a file of JSON lines."""
+    with open(file, mode, encoding='utf-8') as f:
         for row in rows:
             f.write(to_json({k: v for k, v in row.items() if k != 'ids'}) + '\n')
+
+
+def write_jsonl(file, rows):
+    """The same to a new file, which is there whole or not at all."""
+    add_lines(file + '.tmp', rows, 'w')
     os.replace(file + '.tmp', file)

@@ -4,7 +4,6 @@ The picture of texts that come out of noise: lines in a terminal, and a page, pa
 A frame is what the model would say at one moment, dict(step, texts). Each of its texts is a
 dict(t, tokens, p): what each token adds to the text, and how likely the model finds it.
 """
-import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from parts.data import printable, to_json
-from parts.process import UserError
 
 
 def moments(steps, count):
@@ -45,15 +43,6 @@ def show(frame):
     text = frame['texts'][0]
     line = f"  t={text['t']:.2f} | {printable(''.join(text['tokens']))}"
     print(line[:shutil.get_terminal_size().columns])
-
-
-def check_writable(file):
-    """Before the work: UserError if a page cannot be written."""
-    try:
-        os.makedirs(os.path.dirname(file) or '.', exist_ok=True)
-        open(file, 'a').close()
-    except OSError as e:
-        raise UserError(f"html={file!r} cannot be written: {e.strerror}") from None
 
 
 def write_page(file, frames, tasks, facts):
