@@ -94,9 +94,8 @@ def test_the_average_moves_as_said(run, tiny, tmp_path, monkeypatch, warmup, dec
 
 
 def test_adamw_and_epochs(run, tiny, tmp_path):
-    out = run('train.py', *tiny, f'--out_dir={tmp_path}', '--optimizer=adamw', '--max_epochs=1',
-              '--warmup_epochs=0.5', '--learning_rate=0')
-    assert 'with adamw' in out
+    run('train.py', *tiny, f'--out_dir={tmp_path}', '--optimizer=adamw', '--max_epochs=1',
+        '--warmup_epochs=0.5', '--learning_rate=0')
     ckpt, peak = state(tmp_path), 0.001 * 8 / 256
     config = ckpt['config']
     assert ckpt['iter_num'] == 12 and config['warmup_iters'] == 6
