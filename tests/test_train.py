@@ -99,7 +99,7 @@ def test_adamw_and_epochs(run, tiny, tmp_path):
     ckpt, peak = state(tmp_path), 0.001 * 8 / 256
     config = ckpt['config']
     assert ckpt['iter_num'] == 12 and config['warmup_iters'] == 6
-    assert config['learning_rate'] == peak
+    assert config['learning_rate'] == peak and 'exp_avg' in ckpt['optimizer']['state'][0]
     rates = [row['lr'] for row in metrics(tmp_path) if 'lr' in row]
     assert rates == pytest.approx([peak * min(1, i / 6) for i in range(12)])
 
