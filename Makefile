@@ -13,7 +13,7 @@ ASKED ?= 1000
 
 # run again it goes on where it was, or only asks
 demo: .venv/ready
-	@echo "ELF learns to read numbers aloud: three to five minutes on two CPU cores, nothing is"
+	@echo "ELF learns to read numbers aloud: two to five minutes on two CPU cores, nothing is"
 	@echo "downloaded; the end of each loss line tells how much time is left"
 	.venv/bin/python prepare.py --dataset=numbers
 	.venv/bin/python train.py config/numbers.py --init_from=auto $(DEMO)

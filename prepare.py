@@ -574,9 +574,9 @@ def show(meta, tok, asked):
     """Print what the user should have now, what was lost, and what to run; asked: --dataset."""
     for split in ('val', 'train'):
         ids, index = open_split(meta, split)
-        first = tok.decode(np.concatenate(read_row(ids, index, 0)))
+        first = tok.batch_decode(read_row(ids, index, 0), skip_special_tokens=True)
         print(f"{ids.filename}: {len(index):,} rows, {len(ids):,} tokens; the first row: "
-              f"{first[:200]!r}")
+              f"{' -> '.join(filter(None, first))[:200]!r}")
         unknown = np.mean(ids[:10_000_000] == tok.unk_token_id)
         if unknown > 0.01:
             print(f"  WARNING: {unknown:.1%} of the tokens are unknown, their text lost; "
