@@ -108,10 +108,12 @@ def configure(g, argv=None, given=None):
         sys.exit(0)
     for arg in argv:
         name, equals, value = arg.removeprefix('--').partition('=')
-        if arg.startswith('--') and equals:
+        if not arg.startswith('--'):
+            layer = run_config_file(arg, g['__file__'])
+        elif equals:
             layer = {name: value}
         else:
-            layer = run_config_file(arg, g['__file__'])
+            raise UserError(f"{arg}: settings are given as --name=value, such as {arg}=1")
         for name, value in layer.items():
             if name not in settings:
                 near = difflib.get_close_matches(NANOGPT.get(name, name), settings, n=1)
@@ -124,7 +126,8 @@ def configure(g, argv=None, given=None):
     for name, reader in g.get('READ_WITH', {}).items():
         other, equals, value = reader.partition('=')
         if name in changed and (g[other] != value if equals else not g[other]):
-            raise UserError(f"{changed[name]} is read only with {reader}; "
+            needs = f"with {reader}" if value or not equals else f"without {other}"
+            raise UserError(f"{changed[name]} is read only {needs}; "
                             f"leave it at {settings[name][0]!r}")
     if changed and rank_and_world()[0] == 0:
         print('settings: ' + ', '.join(changed.values()))

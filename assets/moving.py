@@ -112,5 +112,6 @@ def draw(frames, tasks):
 
 if __name__ == '__main__':
     page, picture = sys.argv[1:]
+    drawn = draw(*read_page(page))
     with open(picture, 'w', encoding='utf-8') as f:
-        f.write(draw(*read_page(page)))
+        f.write(drawn)

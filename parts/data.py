@@ -233,7 +233,8 @@ def read_jsonl(file):
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError("a list or a value")
-            json.dumps(row, ensure_ascii=False).encode()    # half a surrogate pair is no text
+            if '\\u' in line:       # half a surrogate pair is valid JSON and no text
+                json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as e:
             raise UserError(f"{file}, line {n} is no JSON object ({e})") from None
         yield f"{file}, line {n}", row

@@ -149,7 +149,7 @@ def test_what_was_given_is_told_even_where_it_is_the_default(script):
         'settings')],
     (['config/none.py'], '', ['config/none.py', 'No such file']),
     (['batch_size=32'], '', ['batch_size=32', 'no config file that runs', '--name=value']),
-    (['--batch_size', '32'], '', ['--batch_size is no', '--name=value']),
+    (['--batch_size', '32'], '', ['--batch_size: settings are given as --name=value']),
     (['--'], '', ['--name=value']),
     (['config/c.py'], 'batch_size = 1 / 0', ['c.py is no config file', 'ZeroDivisionError']),
     (['config/c.py'], 'batch_size = = 1', ['c.py is no config file', 'SyntaxError']),

@@ -262,7 +262,7 @@ def test_settings_out_of_range(evaluate, arg):
                                  'num_samples=5', 'seeds=1,2', 'compile=true'])
 def test_texts_that_exist_are_not_sampled(evaluate, tmp_path, arg):
     (tmp_path / 'x.jsonl').write_text('{"text": "a"}\n')
-    with pytest.raises(UserError, match='is read only with samples=;'):
+    with pytest.raises(UserError, match='is read only without samples;'):
         evaluate(f'--samples={tmp_path}/x.jsonl', '--' + arg)
 
 # --------------------------------------------------------------------------------------------------
