@@ -220,8 +220,9 @@ def read_lines(file):
                 line.encode()       # what is no UTF-8 fails here, where its line is known
                 yield line
     except Exception as e:      # each compression has errors of its own
-        raise UserError(f"cannot read {file}, line {n}: {one_line(e)}; it must be text in UTF-8, "
-                        "perhaps compressed as its name says") from None
+        where = f"{file}, line {n}" if n else file
+        raise UserError(f"cannot read {where}: {one_line(e)}; it must be text in UTF-8, perhaps "
+                        "compressed as its name says") from None
 
 
 def read_jsonl(file):
