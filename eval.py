@@ -43,8 +43,7 @@ from parts.checkpoint import find_checkpoint, make_out_dir
 from parts.data import (add_lines, batched, check_vocabulary, cut_at_eos, get_rows, load_tokenizer,
                         open_bins, open_split, printable, read_inputs, read_jsonl, read_row,
                         to_json)
-from parts.device import (autocast, compile_in_place, gather, pack_linears, print0, rank_and_world,
-                          start)
+from parts.device import autocast, compile_in_place, gather, print0, rank_and_world, start
 # five of these for those who look for them here
 from parts.metrics import (bleu, entropy, exact_match, find_targets, gen_ppl,  # noqa: F401
                            make_judges, mean, measure, over_runs, print_table, rouge)
@@ -225,7 +224,7 @@ def combinations(text, settings):
 def open_model(init_from, meta, conditions, config, device, bf16):
     """-> model, its text encoder if it may be needed. UserError if it does not fit the data."""
     source = init_from or config['out_dir']
-    model = load_model(init_from, config['out_dir']).to(device)
+    model = load_model(init_from, config['out_dir'], device, bf16)
     c, encoder = model.config, None
     if meta:
         check_vocabulary(meta, c, source)
@@ -234,8 +233,8 @@ def open_model(init_from, meta, conditions, config, device, bf16):
                         "conditions; --dataset or --input_file must fit it")
     if meta or conditions:
         encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
-    if not config['compile'] or not compile_in_place(model, device=device):
-        pack_linears(model, bf16)
+    if config['compile']:
+        compile_in_place(model, device=device)
     return model, encoder
 
 

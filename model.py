@@ -410,20 +410,6 @@ def cross_entropy(logits, tokens):
     losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction='none')
     return losses.view_as(tokens)
 
-
-def estimate_flops(config, T):
-    """Floating-point operations of a training row of T tokens in matrices, without the encoder."""
-    c, C, D = config, config.latent_dim, config.n_embd
-    N = T + c.n_time + c.n_scale + c.n_mode
-    weights = 4 * D**2 + 3 * D * int(4 * D * 2 / 3)                 # of a block, each used N times
-    attention = 2 * N * N * D
-    blocks = c.n_layer * (N * weights + attention)
-    ends = T * (2 * C**2 + c.bottleneck * (C + D) + C * D)
-    token_head = T * C * (D + c.vocab_size)
-    # a product and a sum each; backward costs two forwards
-    passes = 3 + (1 - c.decoder_prob) * c.self_cond_prob
-    return 2 * (passes * (blocks + ends) + 3 * c.decoder_prob * token_head)
-
 # -------------------------------------------------------------------------------------------------
 # the frozen text encoder
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from model import ELF, TextEncoder, velocity
 from parts.checkpoint import make_out_dir
 from parts.data import batched, load_tokenizer, printable, row_seed, write_jsonl
-from parts.device import (DTYPES, autocast, compile_in_place, on_signals, pack_linears,
+from parts.device import (DTYPES, autocast, cast_blocks, compile_in_place, on_signals,
                           rank_and_world, start)
 from parts.page import make_frame, moments, show, write_page
 from parts.prompt import encode_given, known_tokens, read_tasks, texts_in
@@ -183,12 +183,15 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, 
             yield row | dict(generated=tokenizer.decode(ids, skip_special_tokens=True), ids=ids)
 
 
-def load_model(init_from, out_dir):
+def load_model(init_from, out_dir, device, bf16):
     """The model of init_from, or of out_dir, which is never looked for on the hub. UserError."""
     if not init_from and not os.path.isdir(out_dir):
         raise UserError(f"no model in {out_dir}: train one, name its folder with --out_dir, "
                         "or a published one with --init_from=org/repo")
-    return ELF.from_pretrained(init_from or out_dir)
+    model = ELF.from_pretrained(init_from or out_dir).to(device)
+    if bf16:
+        cast_blocks(model)
+    return model
 
 
 def resolve_sampling(config, steps=-1, sampler='', gamma=-1, w=-1, cfg=-1, grid=''):
@@ -216,7 +219,7 @@ if __name__ == '__main__':
         raise UserError("sample.py is one process: start it with python; "
                         "eval.py shares its texts among the ranks of a torchrun")
     device, bf16, about = start(device, dtype)
-    source, model = init_from or out_dir, load_model(init_from, out_dir).to(device)
+    source, model = init_from or out_dir, load_model(init_from, out_dir, device, bf16)
     c = model.config
     tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
     sampling = resolve_sampling(c, steps, sampler, gamma, w, cfg, grid)
@@ -230,8 +233,8 @@ if __name__ == '__main__':
         make_out_dir(os.path.dirname(html) or '.')
     facts = dict(model=source, device=about, seed=seed, length=c.max_length) | sampling
     print(', '.join(f'{name}: {value}' for name, value in facts.items()))
-    if not compile or not compile_in_place(model, device=device):
-        pack_linears(model, bf16)
+    if compile:
+        compile_in_place(model, device=device)
 
     # ---- sample ----------------------------------------------------------------------------------
     rows, frames = [], []

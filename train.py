@@ -23,12 +23,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from eval import describe_val, estimate_loss, plot_losses, write_few
-from model import (ELF, SIZES, ELFConfig, TextEncoder, compute_loss, draw, encode_rows,
-                   estimate_flops)
+from model import ELF, SIZES, ELFConfig, TextEncoder, compute_loss, draw, encode_rows
 from parts import checkpoint as on_disk
 from parts.data import check_bins, check_vocabulary, get_rows, open_bins, row_seed, rows_at
 from parts.device import (DTYPES, autocast, compile_in_place, gather, mean_over_ranks, note_signals,
-                          peak_flops, print0, rank_and_world, should_stop, start)
+                          print0, rank_and_world, should_stop, start)
 from parts.distill import distill_loss, draw_student, load_teacher
 from parts.muon import make_optimizer
 from sample import GRIDS, SAMPLERS
@@ -266,8 +265,6 @@ if __name__ == '__main__':
         return interval and (iter_num % interval == 0 or iter_num == max_iters)
 
     # ---- the loop -------------------------------------------------------------------------------
-    flops = estimate_flops(c, max_length) * rows_per_step / world
-    peak = None if teacher else peak_flops(about)       # a teacher's passes are not estimated
     stopped, bad_steps, step_seconds = '', 0, []
     note_signals()
     if not resumed:
@@ -321,10 +318,9 @@ if __name__ == '__main__':
             means = ', '.join(f"{name} {mean:.4f}" for name, mean in x.items())
             seconds = sum(step_seconds) / len(step_seconds)
             speed = rows_per_step * max_length / seconds
-            mfu = f" | mfu {flops / seconds / peak:.0%}" if peak else ''
             left = seconds * (max_iters - iter_num) / 60
             print0(f"iter {iter_num}: {means} | grad {grad_norm:.2f} | "
-                   f"lr {lr:.2e} | {seconds * 1e3:.0f} ms | {speed:,.0f} tok/s{mfu} | "
+                   f"lr {lr:.2e} | {seconds * 1e3:.0f} ms | {speed:,.0f} tok/s | "
                    f"{left:.0f} min left", flush=True)
             log(iter=iter_num, **x, grad_norm=grad_norm, lr=lr, ms=seconds * 1e3,
                 tokens_per_s=speed)

@@ -1,10 +1,9 @@
-"""Where it runs: device, precision, compiling, packed products on a CPU, ranks, signals."""
+"""Where it runs: device, precision, compiling, ranks, signals."""
 import os
 import signal
 import time
 from collections import defaultdict
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,9 +12,6 @@ from parts.process import UserError, one_line, rank_and_world
 
 DTYPES = ('auto', 'float32', 'bfloat16')
 IN_BACKGROUND = ('cuda',)      # see to_device
-# dense bfloat16 peak of a GPU in FLOP/s, for the fraction of it that a run reaches
-PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
-              '4090': 165e12, '3090': 71e12}
 
 
 def pick_device(device, dtype):
@@ -48,12 +44,6 @@ def pick_device(device, dtype):
     return found, bf16, about
 
 
-def peak_flops(about):
-    """Of the GPU that pick_device named, in bfloat16; None if it is another, or float32."""
-    return next((peak for name, peak in PEAK_FLOPS.items()
-                 if name in about and 'bfloat16 autocast' in about), None)
-
-
 def autocast(device, bf16):
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -82,27 +72,15 @@ def compile_in_place(*modules, device):
     return True
 
 
-def pack_linears(model, bf16):
+def cast_blocks(model):
     """
-    For sampling alone, on an x86 CPU: products by oneDNN from weights in its own layout, in the
-    types that autocast would pick, but faster. Where oneDNN is missing nothing changes.
+    For sampling alone: the matrices of an ELF's blocks in bfloat16 for good. Autocast, which stays
+    on for all else, would cast them anew in each pass; both ends of the network stay in float32.
     """
-    on_x86 = model.mode_tokens.device.type == 'cpu' and torch.backends.mkl.is_available()
-    if not on_x86 or bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return
-
-    def product(x, weight, bias):
-        x = x.to(weight.dtype)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
-
     model.requires_grad_(False)
-    for name, module in model.named_modules():
+    for module in model.blocks.modules():
         if isinstance(module, torch.nn.Linear):
-            # ELF.forward keeps its ends in float32
-            if bf16 and name.startswith('blocks.'):
-                module.bfloat16()
-            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight, None)
-            module.forward = partial(product, weight=packed, bias=module.bias)
+            module.bfloat16()
 
 # -------------------------------------------------------------------------------------------------
 # ranks: the processes of a torchrun, one a GPU

@@ -18,7 +18,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import sample  # noqa: E402, found by the path above
 from parts.data import load_tokenizer, open_bins, open_split, read_row  # noqa: E402
-from parts.device import pack_linears  # noqa: E402
 from parts.metrics import ngram_p, train_ngram  # noqa: E402
 from model import ELF, TextEncoder  # noqa: E402
 from parts.page import token_texts  # noqa: E402
@@ -51,7 +50,6 @@ def nats_at(tokens, start, end, ngram, reach):
 def main(source, data_dir, dataset, n):
     meta, model = open_bins(data_dir, dataset), ELF.from_pretrained(source)
     c = model.config
-    pack_linears(model, bf16=False)
     tokenizer = load_tokenizer(c.tokenizer)
     encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std)
     train = rows_of(meta, 'train', 10**9)

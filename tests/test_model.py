@@ -18,7 +18,7 @@ from transformers import T5Config, T5EncoderModel
 
 from configurator import UserError
 from model import (ELF, MODELS, Draws, ELFConfig, TextEncoder, compute_loss, draw, encode_rows,
-                   estimate_flops, velocity)
+                   velocity)
 from parts.official import to_official_names
 
 GOLDEN = os.path.join(ROOT, 'tests', 'golden')
@@ -346,24 +346,6 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     net.gradient_checkpointing = True
     again = gradients(net, args)
     assert all(torch.equal(again[name], exact[name]) for name in exact) and len(passes) == 2 + 3
-
-
-def test_estimated_flops_are_those_of_a_step():
-    C, D, T, B = 64, 32, 16, 8
-    c = ELFConfig(n_layer=2, n_embd=D, n_head=2, latent_dim=C, bottleneck=24, vocab_size=60,
-                  decoder_prob=0.5, self_cond_prob=0.5)
-    x0, tokens = torch.randn(B, T, C), torch.zeros(B, T, dtype=torch.long)
-    mask = torch.ones(B, T, dtype=torch.bool)
-    # 4 decode rows, 4 denoise rows, 2 of them self-conditioned
-    draws = draw(c, B, T, torch.Generator().manual_seed(0), 'cpu')
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        compute_loss(ELF(c), x0, tokens, mask, ~mask, draws)[0].backward()
-    forward, backward = 256 * D + D * D, 256 * D + 2 * D * D
-    embedders = 2 * 2 * ((1 + 2 / B) * forward + backward)      # of t and w, not estimated
-    no_gradient_of_z = 2 * T * 2 * C * C                        # estimated
-    x_head = c.decoder_prob * 3 * 2 * T * C * D                 # of decode rows, estimated
-    want = estimate_flops(c, T) + embedders - no_gradient_of_z - x_head
-    assert counter.get_total_flops() / B == want
 
 # --------------------------------------------------------------------------------------------------
 # what is random

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from configurator import UserError, configure
-from parts.device import autocast, compile_in_place, pack_linears, pick_device
+from parts.device import autocast, cast_blocks, compile_in_place, pick_device
 from model import ELF, MODELS, TextEncoder, compute_loss, draw, encode_rows
 from parts.muon import make_optimizer
 from sample import decode, generate, time_grid
@@ -208,10 +208,10 @@ if __name__ == '__main__':
         ns_dtype, _, dtype = name.partition('/')
         bf16 = pick_device(device.type, dtype)[1]
         own, ctx = copy.deepcopy(model), autocast(device, bf16)
+        if what == 'sample' and bf16:
+            cast_blocks(own)
         if compile:
             compile_in_place(own, device=device)
-        elif what == 'sample':
-            pack_linears(own, bf16)
         if what == 'sample':
             variants[name] = our_sampling(own, c, z, times, ctx)
         else:
