@@ -70,7 +70,8 @@ def time_grid(steps, schedule, config, generator=None):
     if schedule == 'logit_normal':
         normal = torch.randn(steps - 1, generator=generator).sort().values
     else:
-        normal = torch.special.ndtri(torch.arange(1, steps, dtype=torch.float64) / steps).float()
+        shares = torch.arange(1, steps, dtype=torch.float64) / steps
+        normal = torch.special.ndtri(shares).float()
     inner = torch.sigmoid(config.t_mean + config.t_std * normal)
     return torch.cat((torch.zeros(1), inner, torch.ones(1)))
 
@@ -93,11 +94,14 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
     times = times.to(z).expand(B, -1)[..., None, None]                          # (B, steps+1, 1, 1)
     steps = times.shape[1] - 1
     if cond is None:
-        cond, cond_mask = torch.zeros_like(z), torch.zeros_like(z[..., 0])
+        cond = torch.zeros_like(z)
+        cond_mask = torch.zeros_like(z[..., 0])
     known = cond_mask.bool()[..., None]                                                  # (B, T, 1)
     w = z.new_full((B,), w)
     z = torch.where(known, cond, z)
-    x_prev = torch.zeros_like(z) if noisy_cond else torch.where(known, cond, 0.0)     # no guess yet
+    x_prev = torch.zeros_like(z)                    # no guess yet
+    if not noisy_cond:
+        x_prev = torch.where(known, cond, x_prev)
     for i in range(steps):
         # contiguous, as a * t below is: torch.compile makes a graph of each layout of t
         t, t_next = times[:, i].contiguous(), times[:, i + 1]                           # (B, 1, 1)
@@ -174,13 +178,18 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, 
         ids, known = [x.to(device) for x in known_tokens(rows, c)]
         # what is known is all that the encoder sees
         cond = encoder(ids, known, known) if given else None
-        z = generate(model, z, torch.stack(times), sampler, gamma, w, cfg, cond, known,
-                     generators=generators, watch=watch and partial(watch, batch, rows),
-                     noisy_cond=given and not c.max_input_length)
+        z = generate(
+            model, z, torch.stack(times), sampler, gamma, w, cfg, cond, known,
+            generators=generators,
+            watch=watch and partial(watch, batch, rows),
+            noisy_cond=given and not c.max_input_length)
         texts = texts_in(rows, *decode(model, z, w), tokenizer, c)
         for i, (ids, _) in zip(batch, texts):
-            row = dict(id=i, input=given[i]) if c.max_input_length else dict(id=i)
-            yield row | dict(generated=tokenizer.decode(ids, skip_special_tokens=True), ids=ids)
+            row = dict(id=i)
+            if c.max_input_length:
+                row['input'] = given[i]
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            yield row | dict(generated=text, ids=ids)
 
 
 def load_model(init_from, out_dir, device, bf16):
@@ -219,7 +228,8 @@ if __name__ == '__main__':
         raise UserError("sample.py is one process: start it with python; "
                         "eval.py shares its texts among the ranks of a torchrun")
     device, bf16, about = start(device, dtype)
-    source, model = init_from or out_dir, load_model(init_from, out_dir, device, bf16)
+    source = init_from or out_dir
+    model = load_model(init_from, out_dir, device, bf16)
     c = model.config
     tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
     sampling = resolve_sampling(c, steps, sampler, gamma, w, cfg, grid)

@@ -6,6 +6,7 @@ Progressive distillation as in the official code's branch `distillation` (utils/
 distill_train_step.py). train.py runs it: see config/owt_elf_b_pd.py.
 """
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
@@ -55,19 +56,22 @@ def pd_target(teacher, z, times, w, x_prev, cond=None, cond_mask=None):
     clean latents that are held. A step without length has the teacher's last guess as its target.
     """
     if cond is None:
-        cond, cond_mask = torch.zeros_like(z), torch.zeros_like(z[..., 0])
+        cond = torch.zeros_like(z)
+        cond_mask = torch.zeros_like(z[..., 0])
     keep = cond_mask.bool()[..., None]                                              # (B, T, 1)
-    t = times[..., None, None]                                                      # (B, k+1, 1, 1)
+    *stops, last = times[..., None, None].unbind(dim=1)                             # (B, 1, 1) each
     z_end = z
-    for i in range(times.shape[1] - 1):
-        x = teacher.denoise(z_end, x_prev, times[:, i], w)
-        v = velocity(x, z_end, t[:, i], teacher.config.t_eps)
-        z_end = torch.where(keep, cond, z_end + (t[:, i + 1] - t[:, i]) * v)
+    for t, t_next in pairwise([*stops, last]):
+        x = teacher.denoise(z_end, x_prev, t.flatten(), w)
+        v = velocity(x, z_end, t, teacher.config.t_eps)
+        z_end = torch.where(keep, cond, z_end + (t_next - t) * v)
         x_prev = torch.where(keep, cond, x)
-    if times.shape[1] == 2:
+    if len(stops) == 1:
         return x
-    start, length = t[:, 0], t[:, -1] - t[:, 0]
-    target = z + (1 - start) / length.clamp(min=1e-6) * (z_end - z)
+
+    # x at the start whose velocity there, held until the last stop, leads to z_end
+    length = last - stops[0]
+    target = z + (1 - stops[0]) / length.clamp(min=1e-6) * (z_end - z)
     return torch.where(length < 1e-3, x, target)
 
 
@@ -83,13 +87,19 @@ def distill_loss(teacher, steps, net, x0, tokens, loss_mask, cond_mask, draws):
     r = noise_rows(c, x0, tokens, loss_mask, cond_mask, replace(draws, t=times[:, 0]))
     n = r.n
     first_guess(teacher, r)         # the teacher's; both are fed it
-    target = pd_target(teacher, r.z[:n], times[r.order[:n]], r.w[:n], r.x_prev[:n], r.x0[:n],
-                       r.held[:n, :, 0])
+    target = pd_target(
+        teacher, r.z[:n], times[r.order[:n]], r.w[:n], r.x_prev[:n],
+        cond=r.x0[:n], cond_mask=r.held[:n, :, 0])
     x_hat, logits = net(r.z, r.x_prev, r.t, r.w, n_decode=len(r.z) - n)
 
     # the mean over a row's positions, then over rows
     l2 = (x_hat - target).square().mean(dim=-1)                                     # (n, T)
-    losses = torch.cat((l2, cross_entropy(logits, r.tokens[n:])))                   # (B, T)
-    rows = (losses * r.mask).sum(dim=1) / r.mask.sum(dim=1).clamp(min=1)            # (B,)
-    parts = dict(l2=rows[:n].detach(), ce=rows[n:].detach())
-    return rows.mean(), {name: x.mean() for name, x in parts.items() if len(x)}
+    ce = cross_entropy(logits, r.tokens[n:])                                        # (B-n, T)
+    losses = torch.cat((l2, ce)) * r.mask                                           # (B, T)
+    rows = losses.sum(dim=1) / r.mask.sum(dim=1).clamp(min=1)                       # (B,)
+    parts = {}
+    if len(l2):
+        parts['l2'] = rows[:n].detach().mean()
+    if len(ce):
+        parts['ce'] = rows[n:].detach().mean()
+    return rows.mean(), parts

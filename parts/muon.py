@@ -56,9 +56,12 @@ class Muon(torch.optim.Optimizer):
         torch.set_float32_matmul_precision('highest')       # a float32 that is not TF32
         for group in self.param_groups:
             group['step'] += 1
-            grads = [p.grad for p in group['params']]
-            update = self.step_muon if group['name'] == 'muon' else self.step_adam
-            update(group, group['params'], grads)
+            params = group['params']
+            grads = [p.grad for p in params]
+            if group['name'] == 'muon':
+                self.step_muon(group, params, grads)
+            else:
+                self.step_adam(group, params, grads)
         torch.set_float32_matmul_precision(precision)
 
     def moments(self, params, name):
@@ -81,16 +84,19 @@ class Muon(torch.optim.Optimizer):
         updates = [torch.empty_like(p, dtype=self.ns_dtype) for p in params]
         for same_shape in alike.values():
             ahead = [nesterov(average[i], grads[i], 0.95, group['step']) for i in same_shape]
-            for i, update in zip(same_shape, orthogonalize(torch.stack(ahead), self.ns_dtype)):
+            found = orthogonalize(torch.stack(ahead), self.ns_dtype)
+            for i, update in zip(same_shape, found):
                 updates[i].copy_(update)
         if world > 1:
             for turn, i in enumerate(numbers):
                 dist.broadcast(updates[i], turn % world)
-        for p, u in zip(params, updates):
-            p.add_(u, alpha=-group['lr'] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+        for p, update in zip(params, updates):
+            scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
+            p.add_(update, alpha=-group['lr'] * scale)
 
     def step_adam(self, group, params, grads):
-        average, square = self.moments(params, 'average'), self.moments(params, 'square')
+        average = self.moments(params, 'average')
+        square = self.moments(params, 'square')
         k = group['step']
         torch._foreach_lerp_(average, grads, 1 - 0.9)
         torch._foreach_mul_(square, 0.999)
@@ -111,6 +117,7 @@ def nesterov(average, grad, beta, k):
 def make_optimizer(named_parameters, lr, ns_dtype=torch.float32):
     """Muon on the 2-D tensors, which are (out, in), Nesterov Adam on the others; one rate."""
     params = [p for _, p in named_parameters if p.requires_grad]
-    groups = [dict(name='muon', params=[p for p in params if p.ndim == 2]),
-              dict(name='adam', params=[p for p in params if p.ndim != 2])]
+    matrices = [p for p in params if p.ndim == 2]
+    others = [p for p in params if p.ndim != 2]
+    groups = [dict(name='muon', params=matrices), dict(name='adam', params=others)]
     return Muon(groups, lr, ns_dtype)

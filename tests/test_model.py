@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5EncoderModel
 
 from configurator import UserError
