@@ -1,8 +1,8 @@
 """
 Text to tokenised, memory-mapped bins: data/<name>/, see parts/data.py.
 
-    python prepare.py                               # the embedded demo corpus: seconds, no download
-    python prepare.py --dataset=numbers             # a task made on the spot: 4071 -> in words
+    python prepare.py                               # a task made on the spot: 4071 -> in words
+    python prepare.py --dataset=my.txt              # a-z only, tokens of its own: a laptop's
     python prepare.py --dataset=my.txt --letters_only=false --max_length=64
     python prepare.py --dataset=pairs.jsonl --encoder=t5-small      # or any other of the hub
     python prepare.py --dataset=openwebtext         # the published ids, from the hub
@@ -36,12 +36,12 @@ from parts.data import (FILES, batched, finish_swap, get_rows, load_tokenizer, o
                         open_split, read_jsonl, read_lines, read_row, sha256, write_jsonl,
                         write_split)
 from parts.process import from_hub, one_line
-from parts.toy import numbers, pydocs, save_encoder, train_tokenizer
+from parts.toy import numbers, save_encoder, train_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # settings
 
-dataset = 'pydocs'      # the text inside every Python; a file, folder or hub id; a name from KNOWN
+dataset = 'numbers'     # made on the spot; a file, folder or hub id; or a name from KNOWN
 val_dataset = ''        # validation from another such source, '' = its own split, else val_fraction
 subset = ''             # of several configurations or folders: one, such as 'de-en'; '.' = all
 columns = ''            # of a table: 'text', or 'input,output' and the like; '' = by their names
@@ -92,15 +92,14 @@ KNOWN = {
                         revision='f54c09fd23315a6f9c86f9dc80f725de7d8f9c64'),
 }
 # what to train them with: one's own command line adds to it
-CONFIGS = {'pydocs': 'pydocs', 'numbers': 'numbers', 'openwebtext': 'owt_elf_b',
-           'wmt14_de-en': 'wmt14_de_en_elf_b', 'xsum': 'xsum_elf_b', 'tinystories': 'tinystories'}
+CONFIGS = {'numbers': 'numbers', 'openwebtext': 'owt_elf_b', 'wmt14_de-en': 'wmt14_de_en_elf_b',
+           'xsum': 'xsum_elf_b', 'tinystories': 'tinystories'}
 # of other texts, and of other pairs: with an untrained encoder, t5-small, another trained one
 CONFIGS_OF_OWN = (('pydocs', 'owt_elf_b', 'minilm'), ('numbers', 'wmt14_de_en_elf_b', 'numbers'))
 
 # --------------------------------------------------------------------------------------------------
 # a source: files of one kind, by split
 
-MADE = dict(pydocs=pydocs, numbers=numbers)
 TABLES, TEXTS = ('parquet', 'arrow'), ('jsonl', 'json', 'csv', 'tsv', 'txt')
 KINDS = TABLES + TEXTS
 # what save_to_disk and the hub leave beside the data, and legal texts
@@ -134,7 +133,8 @@ def find_files(source):
     """
     source = re.sub('https?://[^/]+/datasets/([^/]+/[^/?#]+).*', r'\1', source)
     files = dict(train=[], val=[], test=[])
-    if kind_of(source) and not os.path.isdir(source):       # a file is taken, whatever its name
+    # a file is taken, whatever its name
+    if (kind_of(source) or source == 'numbers') and not os.path.isdir(source):
         return files | dict(train=[source])
     folder = source if os.path.exists(source) else fetch(source)
     card = read_card(source, folder)
@@ -195,9 +195,9 @@ def read_card(source, folder):
 
 
 def kind_of(path):
-    """Its ending without that of a compression, x.JSONL.gz -> jsonl; or what is made here."""
+    """Its ending without that of a compression, x.JSONL.gz -> jsonl; '' if it is none of KINDS."""
     ending = re.sub(r'\.(gz|bz2|xz)$', '', path.lower()).rpartition('.')[2]
-    return path if path in MADE else ending if ending in KINDS else ''
+    return ending if ending in KINDS else ''
 
 
 def split_of(path):
@@ -252,14 +252,16 @@ def read_rows(file, names=()):
     if kind == 'jsonl':
         yield from read_jsonl(file)
         return
-    if kind == 'txt':       # its last line ends, too
+    if file == 'numbers':
+        rows = numbers()
+    elif kind == 'txt':     # its last line ends, too
         rows = (dict(text=line.removesuffix('\n') + '\n') for line in read_lines(file))
     elif kind in ('csv', 'tsv'):    # not by pandas, to which "NA" is nothing
         csv.field_size_limit(1 << 30)
         rows = csv.DictReader(read_lines(file), delimiter=',' if kind == 'csv' else '\t',
                               strict=True)
     else:
-        rows = MADE[kind]() if kind in MADE else read_table(file, kind, names)
+        rows = read_table(file, kind, names)
     try:
         for row in rows:
             if None in row:
@@ -316,7 +318,7 @@ def read_items(file, names, size):
     texts = chain.from_iterable(values)
     if pack == 'lines':
         return (line for text in texts for line in text.split('\n') if line.strip())
-    if kind_of(file) not in ('txt', 'pydocs'):
+    if kind_of(file) != 'txt':
         return (text + '\n' for text in texts)
     return marked_texts(texts) if pack == 'texts' else blocks(texts, size)
 

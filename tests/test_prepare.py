@@ -16,11 +16,12 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 import prepare
+import pydocs
 from configurator import UserError
 from model import ELFConfig, TextEncoder
 from parts.data import get_rows, open_bins, open_split, read_row, sha256
 from parts.prompt import unknown_in
-from parts.toy import in_words, neighbour_vectors, pydocs, train_tokenizer
+from parts.toy import in_words, neighbour_vectors, train_tokenizer
 
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared', 'data')
 DE_EN = os.path.join(SHARED, 'wmt14_de-en_validation_t5')
@@ -176,8 +177,9 @@ def test_tokens_with_the_same_neighbours_have_like_vectors(make, tmp_path):
     assert min(alike(cat, dog, 0), alike(blue, green, 0)) > 0.9 > 0.5 > alike(cat, blue, 0)
 
 
-def test_pydocs_is_prose():
-    text = ''.join(row['text'] for row in pydocs())
+def test_pydocs_is_prose(tmp_path):
+    pydocs.main(tmp_path / 'pydocs.txt')
+    text = (tmp_path / 'pydocs.txt').read_text(encoding='utf-8')
     assert len(text) > 150_000
     assert not any(sign in text for sign in ('::=', '>>>', '+---'))
     assert 'assert statements are a convenient way to insert debugging assertions' in text.lower()
