@@ -27,7 +27,8 @@ demo: .venv/ready
 	@echo "next:    make prose, the same on the documentation inside every Python"
 
 prose: .venv/ready
-	.venv/bin/python prepare.py --dataset=pydocs
+	.venv/bin/python tests/pydocs.py pydocs.txt
+	.venv/bin/python prepare.py --dataset=pydocs.txt
 	.venv/bin/python train.py config/pydocs.py --init_from=auto
 	.venv/bin/python eval.py --out_dir=out/pydocs --dataset=pydocs --judge=ngram \
 		--num_samples=200 --batch_size=50

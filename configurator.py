@@ -29,7 +29,7 @@ SETTING = re.compile(r"^([a-z][a-z0-9_]*) *= *"
                      r"""(-?[\d._]+(?:[eE][+-]?\d+)?|'[^'\n]*'|"[^"\n]*"|True|False)"""
                      r" *(?:# *(.*))?$", re.MULTILINE)
 # lowest values; of other numbers it is 0
-LOWEST = dict(AT_LEAST_1=1, ABOVE_0=1e-9, MAY_BE_NEGATIVE=-1e15)
+LOWEST = dict(AT_LEAST_1=1, AT_LEAST_2=2, ABOVE_0=1e-9, MAY_BE_NEGATIVE=-1e15)
 
 
 @lru_cache

@@ -1,8 +1,8 @@
 """
 Text to tokenised, memory-mapped bins: data/<name>/, see parts/data.py.
 
-    python prepare.py                               # the embedded demo corpus: seconds, no download
-    python prepare.py --dataset=numbers             # a task made on the spot: 4071 -> in words
+    python prepare.py                               # a task made on the spot: 4071 -> in words
+    python prepare.py --dataset=my.txt              # a-z only, tokens of its own: a laptop's
     python prepare.py --dataset=my.txt --letters_only=false --max_length=64
     python prepare.py --dataset=pairs.jsonl --encoder=t5-small      # or any other of the hub
     python prepare.py --dataset=openwebtext         # the published ids, from the hub
@@ -33,15 +33,15 @@ from tqdm import tqdm
 
 from model import ELFConfig, TextEncoder
 from parts.data import (FILES, batched, finish_swap, get_rows, load_tokenizer, open_bins,
-                        open_split, read_jsonl, read_lines, read_row, sha256, write_jsonl,
+                        open_split, read_jsonl, read_lines, sha256, swap_in, write_jsonl,
                         write_split)
-from parts.process import from_hub, one_line
-from parts.toy import numbers, pydocs, save_encoder, train_tokenizer
+from parts.process import from_hub
+from parts.toy import numbers, save_encoder, train_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # settings
 
-dataset = 'pydocs'      # the text inside every Python; a file, folder or hub id; a name from KNOWN
+dataset = 'numbers'     # made on the spot; a file, folder or hub id; or a name from KNOWN
 val_dataset = ''        # validation from another such source, '' = its own split, else val_fraction
 subset = ''             # of several configurations or folders: one, such as 'de-en'; '.' = all
 columns = ''            # of a table: 'text', or 'input,output' and the like; '' = by their names
@@ -64,21 +64,23 @@ seed = 0                # of the untrained encoder
 CHOICES = dict(pack=('words', 'paragraphs', 'texts', 'lines'),
                token_level=('chars', 'words', 'subwords'))
 AT_LEAST_1 = ('encoder_dim', 'vocab_size')
+AT_LEAST_2 = ('max_length',)
 ABOVE_0 = AT_MOST_1 = ('val_fraction',)
 
 # --------------------------------------------------------------------------------------------------
-# sets by name: what stands here holds where the user set nothing else
+# sets by name: where they are, the config that trains on them, settings that the user's go before
 
 T5 = dict(tokenizer='t5-small', encoder='t5-small', letters_only=False)
 KNOWN = {
     # 100,000 pairs and 1,000 unseen ones; a digit, a word: a token each
-    'numbers': dict(token_level='words', val_fraction=1 / 101),
+    'numbers': ('numbers', 'numbers', dict(token_level='words', val_fraction=1 / 101)),
     # 9,737,184 rows of 850-1020 tokens
-    'openwebtext': dict(T5, dataset='embedded-language-flows/openwebtext-t5', val_fraction=0.0005),
-    'wmt14_de-en': dict(T5, dataset='embedded-language-flows/wmt14_de-en_train_t5',
-                        val_dataset='embedded-language-flows/wmt14_de-en_validation_t5'),
-    'xsum': dict(T5, dataset='embedded-language-flows/xsum_train_t5',
-                 val_dataset='embedded-language-flows/xsum_validation_t5'),
+    'openwebtext': ('embedded-language-flows/openwebtext-t5', 'owt_elf_b',
+                    dict(T5, val_fraction=0.0005)),
+    'wmt14_de-en': ('embedded-language-flows/wmt14_de-en_train_t5', 'wmt14_de_en_elf_b',
+                    dict(T5, val_dataset='embedded-language-flows/wmt14_de-en_validation_t5')),
+    'xsum': ('embedded-language-flows/xsum_train_t5', 'xsum_elf_b',
+             dict(T5, val_dataset='embedded-language-flows/xsum_validation_t5')),
     # The texts that they were made from, to be tokenised here, with --tokenizer=t5-small
     # --encoder=t5-small and:
     #     --dataset=Skylion007/openwebtext --revision=963532436460638ab26b7633e23776e6c7e37d59 \
@@ -88,19 +90,14 @@ KNOWN = {
     # One story a row, so that a model learns where stories begin and end. Of 2,316 stories, 202
     # tokens in the median, 79 % are whole in 256 tokens; that keeps 88 % of the text, and 21 % of
     # the rows is padding. In 512 tokens: 96 %, 98 %, and 56 % padding at twice the work.
-    'tinystories': dict(T5, dataset='roneneldan/TinyStories', pack='texts', max_length=256,
-                        revision='f54c09fd23315a6f9c86f9dc80f725de7d8f9c64'),
+    'tinystories': ('roneneldan/TinyStories', 'tinystories',
+                    dict(T5, pack='texts', max_length=256,
+                         revision='f54c09fd23315a6f9c86f9dc80f725de7d8f9c64')),
 }
-# what to train them with: one's own command line adds to it
-CONFIGS = {'pydocs': 'pydocs', 'numbers': 'numbers', 'openwebtext': 'owt_elf_b',
-           'wmt14_de-en': 'wmt14_de_en_elf_b', 'xsum': 'xsum_elf_b', 'tinystories': 'tinystories'}
-# of other texts, and of other pairs: with an untrained encoder, t5-small, another trained one
-CONFIGS_OF_OWN = (('pydocs', 'owt_elf_b', 'minilm'), ('numbers', 'wmt14_de_en_elf_b', 'numbers'))
 
 # --------------------------------------------------------------------------------------------------
 # a source: files of one kind, by split
 
-MADE = dict(pydocs=pydocs, numbers=numbers)
 TABLES, TEXTS = ('parquet', 'arrow'), ('jsonl', 'json', 'csv', 'tsv', 'txt')
 KINDS = TABLES + TEXTS
 # what save_to_disk and the hub leave beside the data, and legal texts
@@ -110,12 +107,12 @@ TEST_WORDS = set('test tests testing testset'.split())
 VAL_WORDS = set('validation valid val dev eval evaluation holdout heldout'.split())
 
 
-def load_source():
+def load_source(source):
     """
-    What --dataset and --val_dataset name -> {'train', 'val', 'test': paths, perhaps none}, the
-    columns to read. UserError if it cannot be used.
+    A source and that of --val_dataset -> {'train', 'val', 'test': paths, perhaps none}, the columns
+    to read. UserError if they cannot be used.
     """
-    files = find_files(dataset)
+    files = find_files(source)
     if val_dataset:
         other = find_files(val_dataset)
         files.update(val=other['val'] or other['train'] or other['test'], test=[])
@@ -123,8 +120,10 @@ def load_source():
         if paths:
             print(f"{split}: {', '.join(paths[:5])}" + ", left out" * (split == 'test'))
     if not files['train']:
-        raise UserError(f"{dataset} has nothing to train on, by the names of its files: {files}")
-    return files, choose_columns(files['train'])
+        raise UserError(f"{source} has nothing to train on, by the names of its files: {files}")
+    names = choose_columns(files['train'])
+    print(f"columns: {', '.join(names)}")
+    return files, names
 
 
 def find_files(source):
@@ -134,12 +133,13 @@ def find_files(source):
     """
     source = re.sub('https?://[^/]+/datasets/([^/]+/[^/?#]+).*', r'\1', source)
     files = dict(train=[], val=[], test=[])
-    if kind_of(source) and not os.path.isdir(source):       # a file is taken, whatever its name
+    # a file is taken, whatever its name
+    if (kind_of(source) or source == 'numbers') and not os.path.isdir(source):
         return files | dict(train=[source])
     folder = source if os.path.exists(source) else fetch(source)
     card = read_card(source, folder)
-    patterns = card or {os.path.join(subset, '**/*'): 'train'}
-    found = {file: split for pattern, split in patterns.items()
+    splits = card or dict(train=[os.path.join(subset, '**/*')])
+    found = {file: split for split, patterns in splits.items() for pattern in patterns
              for file in glob.glob(pattern, root_dir=folder, recursive=True)}   # nothing hidden
     for file, split in sorted(found.items()):
         path = os.path.join(folder, file)
@@ -166,7 +166,7 @@ def fetch(source):
         card = read_card(source, get(allow_patterns='README.md'))
         for kinds in (TABLES, TEXTS):       # tables first: often a text lies beside them
             endings = [f"{subset.strip('.')}*.{kind}*" for kind in kinds]
-            folder = get(allow_patterns=list(card) or endings)
+            folder = get(allow_patterns=sum(card.values(), []) or endings)
             if any(map(kind_of, glob.glob('**', root_dir=folder, recursive=True))):
                 break
     return folder
@@ -175,29 +175,29 @@ def fetch(source):
 def read_card(source, folder):
     """
     The files of the configuration that subset names, or of the only one, by the card of a dataset
-    -> {pattern: split}, empty if it says nothing. UserError if there are several to choose from.
+    -> {split: patterns}, empty if it says nothing. UserError if there are several to choose from.
     """
     from datasets.data_files import sanitize_patterns
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import metadata_load
     card = os.path.join(folder, 'README.md')
-    if not os.path.exists(card):
-        return {}
     with from_hub("cannot read", card):
-        configs = MetadataConfigs.from_dataset_card_data(metadata_load(card) or {})
+        data = metadata_load(card) if os.path.exists(card) else None
+        configs = MetadataConfigs.from_dataset_card_data(data or {})
         if len(configs) > 1 and subset not in configs:
             raise UserError(f"{source} has several configurations; choose one by --subset: "
                             f"{', '.join(configs)}")
-        config = configs.get(subset or ''.join(configs), dict(data_files=[]))
-        inside = os.path.join(config.get('data_dir', ''), '**')
-        patterns = sanitize_patterns(config.get('data_files', inside))
-    return {path: split for split, paths in patterns.items() for path in paths}
+        chosen = configs.get(subset or ''.join(configs))
+        if chosen is None:
+            return {}
+        inside = os.path.join(chosen.get('data_dir', ''), '**')
+        return sanitize_patterns(chosen.get('data_files', inside))
 
 
 def kind_of(path):
-    """Its ending without that of a compression, x.JSONL.gz -> jsonl; or what is made here."""
+    """Its ending without that of a compression, x.JSONL.gz -> jsonl; '' if it is none of KINDS."""
     ending = re.sub(r'\.(gz|bz2|xz)$', '', path.lower()).rpartition('.')[2]
-    return path if path in MADE else ending if ending in KINDS else ''
+    return ending if ending in KINDS else ''
 
 
 def split_of(path):
@@ -227,20 +227,16 @@ def choose_columns(paths):
     What to read of tables, by the names of their columns -> one name, or two of a pair. UserError
     if it can be read in several ways.
     """
+    if columns:
+        return columns.split(',', 1)
     where, row = first_row(paths)
     readings = [names for names in READINGS if row.keys() >= set(names)]
-    if columns:
-        readings = [columns.split(',', 1)]
-    elif row.keys() & UNCLEAR:
-        readings = []
-    elif 'condition_input_ids' in row:      # the texts beside ids are the same
+    if 'condition_input_ids' in row:        # the texts beside ids are the same
         readings = readings[:1]
-    if len(readings) != 1:
+    if len(readings) != 1 or row.keys() & UNCLEAR:
         raise UserError(f"{where} has the columns {', '.join(row)}; say which to read, such as "
                         "--columns=text, or condition and target: --columns=prompt,completion")
-    names, = readings
-    print(f"columns: {', '.join(names)}")
-    return names
+    return readings[0]
 
 
 def read_rows(file, names=()):
@@ -248,43 +244,47 @@ def read_rows(file, names=()):
     The rows of a file -> (where they stand, for messages; {column: value}); lists are arrays.
     names: all columns that are needed.
     """
-    kind, done = kind_of(file), 0
+    kind = kind_of(file)
     if kind == 'jsonl':
-        yield from read_jsonl(file)
-        return
-    if kind == 'txt':       # its last line ends, too
+        return read_jsonl(file)
+    if file == 'numbers':
+        rows = numbers()
+    elif kind == 'txt':     # its last line ends, too
         rows = (dict(text=line.removesuffix('\n') + '\n') for line in read_lines(file))
-    elif kind in ('csv', 'tsv'):    # not by pandas, to which "NA" is nothing
-        csv.field_size_limit(1 << 30)
-        rows = csv.DictReader(read_lines(file), delimiter=',' if kind == 'csv' else '\t',
-                              strict=True)
+    elif kind in ('csv', 'tsv'):
+        rows = read_csv(file, ',' if kind == 'csv' else '\t')
     else:
-        rows = MADE[kind]() if kind in MADE else read_table(file, kind, names)
+        rows = read_table(file, kind, names)
+    return ((f"{file}, row {n}", row) for n, row in enumerate(rows))
+
+
+def read_csv(file, delimiter):
+    """The rows of a .csv or .tsv; not by pandas, to which "NA" is nothing."""
+    csv.field_size_limit(1 << 30)
+    rows, line = csv.DictReader(read_lines(file), delimiter=delimiter, strict=True), 1
     try:
         for row in rows:
             if None in row:
-                raise ValueError("more fields than names in the first line")
-            yield f"{file}, row {done}", row
-            done += 1
-    except UserError:
-        raise
-    except Exception as e:      # each kind has errors of its own
-        raise UserError(f"{file} is not readable after {done} rows ({one_line(e)}); in .csv and "
-                        ".tsv, a text with separators or quotes in it must stand in quotes, each "
-                        "of its own doubled") from None
+                raise csv.Error("more fields than names in the first line")
+            yield row
+            line = rows.line_num
+    except csv.Error as e:
+        raise UserError(f"{file} is not readable after line {line} ({e}); a text with separators "
+                        "or quotes in it must stand in quotes, each of its own doubled") from None
 
 
 def read_table(file, kind, names):
     """The rows of a file that `datasets` opens; of these columns, if it has them, else of all."""
     import datasets
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # errors are one line of ours
-    rows = datasets.load_dataset(kind, data_files=glob.escape(file), split='train',
-                                 streaming=True)    # the pages of a mapped file are memory
-    for table in rows.with_format('arrow').iter(1000):
-        if names and set(names) <= set(table.column_names):     # others, of long texts, are slow
-            table = table.select(names)
-        for row in table.to_pandas().to_dict('records'):
-            yield row.get('translation') or row
+    with from_hub("cannot read", file):
+        rows = datasets.load_dataset(kind, data_files=glob.escape(file), split='train',
+                                     streaming=True)    # the pages of a mapped file are memory
+        for table in rows.with_format('arrow').iter(1000):
+            if names and set(names) <= set(table.column_names):     # long texts are slow
+                table = table.select(names)
+            for row in table.to_pandas().to_dict('records'):
+                yield row.get('translation') or row
 
 
 def read_values(file, names):
@@ -316,7 +316,7 @@ def read_items(file, names, size):
     texts = chain.from_iterable(values)
     if pack == 'lines':
         return (line for text in texts for line in text.split('\n') if line.strip())
-    if kind_of(file) not in ('txt', 'pydocs'):
+    if kind_of(file) != 'txt':
         return (text + '\n' for text in texts)
     return marked_texts(texts) if pack == 'texts' else blocks(texts, size)
 
@@ -354,7 +354,7 @@ def read_split(files, names, split):
     """The items of 'train' or 'val'; without files of its own, val is each k-th of train."""
     k = max(2, round(1 / val_fraction))
     # a small corpus, too, has some blocks to set aside
-    size = sum(map(os.path.getsize, filter(os.path.exists, files['train']))) // 40 or 2000
+    size = sum(os.path.getsize(file) for file in files['train'] if kind_of(file)) // 40
     size = min(2000, max(100, size))
     items = chain.from_iterable(read_items(file, names, size)
                                 for file in files[split] or files['train'])
@@ -365,9 +365,7 @@ def read_split(files, names, split):
 
 def plain(text):
     """A text without markers between texts, and, if asked for, with letters only."""
-    if END_OF_TEXT in text:
-        say_once(f"{END_OF_TEXT} counts as a line's end; --pack=texts makes rows of the texts")
-        text = text.replace(END_OF_TEXT, '\n')
+    text = text.replace(END_OF_TEXT, '\n')
     if letters_only:
         text = text.lower()
         if len(re.findall(r'[^\W\d_a-z]', text)) > len(text) / 100:
@@ -494,7 +492,6 @@ def write_references(folder, files, names, tok):
     if row.keys() >= set(texts):
         pairs = read_split(files, texts, 'val')
     else:
-        print("val.jsonl: the set has no texts, so what its tokenizer makes of the ids")
         pairs = (tok.batch_decode(pair, skip_special_tokens=True)
                  for pair in read_split(files, names, 'val'))
     write_jsonl(f'{folder}/val.jsonl', (dict(input=a, target=b) for a, b in pairs))
@@ -524,7 +521,7 @@ def make_set(folder, files, names, settings):
     tok = find_tokenizer(folder, files, names)
     if encoder:
         check_pair(text_encoder, tok)
-    meta = dict(dir=folder, format=1, dtype='uint16' if len(tok) <= 65536 else 'uint32',
+    meta = dict(dir=folder, dtype='uint16' if len(tok) <= 65536 else 'uint32',
                 tokenizer=tokenizer or encoder or 'tokenizer', encoder=encoder or 'encoder',
                 vocab_size=len(tok), pad_id=tok.pad_token_id, eos_id=tok.eos_token_id,
                 conditional=len(names) == 2, max_length=0, rows={}, tokens={}, columns=names,
@@ -550,66 +547,44 @@ def make_set(folder, files, names, settings):
     return meta, tok
 
 
-def check(final):
-    """What is refused before anything is read; a set that a kill left aside is put back."""
-    if max_length < 2:
-        raise UserError("max_length starts at 2, as EOS is one of a row's tokens")
-    finish_swap(final.parent, final.name)
-    if final.is_symlink() or final.exists() and not (final / 'meta.json').exists():
-        raise UserError(f"{final} is there already, and is a link or holds no bins (no meta.json); "
-                        "choose another --name or --data_dir")
-
-
-def swap_in(folder, final):
-    """Put the new set in the place of the old; finish_swap mends what a kill in between leaves."""
-    old = final.with_name(f'.{final.name}.old')
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    folder.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def show(meta, tok, asked):
-    """Print what the user should have now, what was lost, and what to run; asked: --dataset."""
+def show(meta, tok, config):
+    """Print what the user should have now, what was lost, what to run: config, '' = a small one."""
     for split in ('val', 'train'):
         ids, index = open_split(meta, split)
-        first = tok.batch_decode(read_row(ids, index, 0), skip_special_tokens=True)
-        print(f"{ids.filename}: {len(index):,} rows, {len(ids):,} tokens; the first row: "
-              f"{' -> '.join(filter(None, first))[:200]!r}")
+        print(f"{ids.filename}: {len(index):,} rows, {len(ids):,} tokens; it begins: "
+              f"{tok.decode(ids[:40])!r}")
         unknown = np.mean(ids[:10_000_000] == tok.unk_token_id)
         if unknown > 0.01:
             print(f"  WARNING: {unknown:.1%} of the tokens are unknown, their text lost; "
                   "without --tokenizer one is trained on this text")
-    known = asked == name in CONFIGS
-    kind = 0 if not encoder else 1 if encoder == 't5-small' else 2
-    config = CONFIGS[name] if known else CONFIGS_OF_OWN[meta['conditional']][kind]
-    command = ['python', 'train.py', f'config/{config}.py']
-    if not known:
-        command += [f'--dataset={name}', f'--out_dir=out/{name}',
-                    f"--max_length={meta['max_length']}",
+    options = [f'--dataset={name}']
+    if not config:
+        config = 'numbers' if meta['conditional'] else 'pydocs'
+        options += [f'--out_dir=out/{name}', f"--max_length={meta['max_length']}",
                     f'--max_input_length={np.diff(index).max()}']
-    print('next: ' + shlex.join(command))
+    print(f"next: python train.py config/{config}.py {shlex.join(options)}")
 
 
 if __name__ == '__main__':
     given = set()
     settings = configure(globals(), given=given)
+    source, config, known = KNOWN.get(dataset, (dataset, '', {}))
+    settings.update({key: known[key] for key in known.keys() - given})
+    globals().update(settings)
     name = name or Path(dataset).stem
-    asked = dataset
-    for key, value in KNOWN.get(asked, {}).items():
-        if key == 'dataset' or key not in given:
-            globals()[key] = value
     final = Path(data_dir, name)
-    check(final)
-    files, names = load_source()
+    finish_swap(final)
+    if final.is_symlink() or final.exists() and not (final / 'meta.json').exists():
+        raise UserError(f"{final} is there already, and is a link or holds no bins (no meta.json); "
+                        "choose another --name or --data_dir")
+    files, names = load_source(source)
     letters_only &= len(names) == 1
 
     # in a folder of another name until all is there; not by its pid: many containers have the same
     folder = final.with_name(f'.{final.name}.tmp-{time.time_ns()}')
     try:
         folder.mkdir(parents=True)
-        meta, tok = make_set(folder, files, names, {key: globals()[key] for key in settings})
+        meta, tok = make_set(folder, files, names, settings)
         # a resume sees by them if any was made anew
         checked = (*FILES, 'tokenizer/tokenizer.json', 'encoder/model.safetensors')
         meta['checksums'] = {file: sha256(folder / file) for file in checked
@@ -618,4 +593,4 @@ if __name__ == '__main__':
         swap_in(folder, final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    show(open_bins(data_dir, name), tok, asked)
+    show(open_bins(data_dir, name), tok, config)

@@ -1,9 +1,10 @@
-# An 11M-parameter ELF on the embedded text for one small GPU, with what the large runs use:
-# bfloat16, compile, accumulation, Muon, EMA, validation, sampling, checkpoints.
+# An 11M-parameter ELF on the text inside every Python for one small GPU, with what the large
+# runs use: bfloat16, compile, accumulation, Muon, EMA, validation, sampling, checkpoints.
 # Not run by us on a GPU yet.
 #
-#   python prepare.py --name=pydocs128 --max_length=128 --letters_only=false \
-#       --token_level=subwords --encoder_dim=128
+#   python tests/pydocs.py pydocs.txt
+#   python prepare.py --dataset=pydocs.txt --name=pydocs128 --max_length=128 \
+#       --letters_only=false --encoder_dim=128
 #   python train.py config/gpu_debug.py
 
 out_dir = 'out/gpu_debug'

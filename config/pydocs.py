@@ -4,7 +4,9 @@
 #
 #   only error where that returns an arbitrary arbitrary  which is provided not used as the string
 #
-#   python prepare.py && python train.py config/pydocs.py              # 2 cores: three minutes
+#   python tests/pydocs.py pydocs.txt
+#   python prepare.py --dataset=pydocs.txt
+#   python train.py config/pydocs.py                                # 2 cores: three minutes
 #   python sample.py --out_dir=out/pydocs --trace=8
 #   python eval.py --out_dir=out/pydocs --dataset=pydocs --judge=ngram --num_samples=200
 #

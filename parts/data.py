@@ -11,9 +11,11 @@ A row is condition then target, each with its EOS; unconditional rows have an em
 import hashlib
 import json
 import os
+import shutil
 from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,10 +36,9 @@ def open_bins(data_dir, dataset):
     load. UserError if it is gone, or if the bins are not of the sizes that it speaks of.
     """
     folder = os.path.join(data_dir, dataset)
-    finish_swap(data_dir, dataset)
+    finish_swap(Path(folder))
     try:
-        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
-            meta = json.load(f)
+        meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
         meta['dir'] = folder
         for part in ('tokenizer', 'encoder'):       # trained or seeded ones lie beside the bins
             beside = os.path.join(folder, meta[part])
@@ -59,12 +60,24 @@ def open_bins(data_dir, dataset):
     return meta
 
 
-def finish_swap(data_dir, name):
-    """Put a set back that prepare.py had moved aside when it was killed between its two renames."""
-    folder, old = os.path.join(data_dir, name), os.path.join(data_dir, f'.{name}.old')
-    if os.path.isdir(old) and not os.path.exists(folder):
-        with suppress(FileNotFoundError):       # another rank was faster
-            os.replace(old, folder)
+def aside(folder):
+    """Where a set lies while a new one takes its place."""
+    return folder.with_name(f'.{folder.name}.old')
+
+
+def swap_in(new, folder):
+    """Put a new set in the place of the old; finish_swap mends what a kill in between leaves."""
+    shutil.rmtree(aside(folder), ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside(folder))
+    new.rename(folder)
+    shutil.rmtree(aside(folder), ignore_errors=True)
+
+
+def finish_swap(folder):
+    """Put a set back that was moved aside by a swap_in that was killed between its two renames."""
+    with suppress(OSError):         # there is none, its place is taken, another rank was faster
+        aside(folder).rename(folder)
 
 
 def check_bins(meta, config):
@@ -95,8 +108,8 @@ def check_vocabulary(meta, c, source):
 def open_split(meta, split):
     """-> ids (tokens,), index (rows, 2), both memory-mapped."""
     # mapped anew each time: a map kept open would count every page ever read as resident memory
-    ids = np.memmap(os.path.join(meta['dir'], f'{split}.bin'), dtype=meta['dtype'], mode='r')
-    return ids, np.load(os.path.join(meta['dir'], f'{split}.idx.npy'), mmap_mode='r')
+    ids = np.memmap(f"{meta['dir']}/{split}.bin", dtype=meta['dtype'], mode='r')
+    return ids, np.load(f"{meta['dir']}/{split}.idx.npy", mmap_mode='r')
 
 
 def read_row(ids, index, r):
@@ -130,13 +143,14 @@ def write_split(meta, split, rows):
     Stream (condition ids, target ids) to <split>.bin and .idx.npy -> rows, tokens, longest row.
     UserError for ids outside the vocabulary and for ends that are no EOS.
     """
-    index, tokens = [np.empty((0, 2), np.int64)], 0     # 16 bytes a row stay in memory
-    with open(os.path.join(meta['dir'], f'{split}.bin'), 'wb') as f:
+    lengths = [np.empty(0, np.int64)]       # of all parts: 16 bytes a row stay in memory
+    with open(f"{meta['dir']}/{split}.bin", 'wb') as f:
         for batch in batched(rows, 1000):
             parts = [part for row in batch for part in row]
-            lengths = np.array([len(part) for part in parts])
-            ids, ends = np.concatenate(parts).astype(np.int64), np.cumsum(lengths)
-            last = ends[lengths > 0] - 1
+            n = np.array([len(part) for part in parts])
+            lengths.append(n)
+            ids = np.concatenate(parts).astype(np.int64)
+            last = n.cumsum()[n > 0] - 1
             bad = (ids < 0) | (ids >= meta['vocab_size'])
             bad[last] |= ids[last] != meta['eos_id']
             if bad.any():
@@ -145,11 +159,10 @@ def write_split(meta, split, rows):
                                 f"{meta['eos_id']}: take padding off, add EOS, or name the "
                                 "tokenizer they are from")
             f.write(ids.astype(meta['dtype']).tobytes())
-            index.append(tokens + (ends - lengths).reshape(-1, 2))
-            tokens += len(ids)
-    index = np.concatenate(index)
-    np.save(os.path.join(meta['dir'], f'{split}.idx.npy'), index)
-    return len(index), tokens, int(np.diff(index[:, 0], append=tokens).max(initial=0))
+    lengths = np.concatenate(lengths).reshape(-1, 2)        # of condition and target
+    starts = lengths.cumsum().reshape(-1, 2) - lengths
+    np.save(f"{meta['dir']}/{split}.idx.npy", starts)
+    return len(lengths), int(lengths.sum()), int(lengths.sum(1).max(initial=0))
 
 
 def sha256(path):

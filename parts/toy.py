@@ -1,15 +1,11 @@
 """
-What lets everything run without a download: the text inside every Python, a task made on the spot,
-tokenizers trained on the text at hand, and a small T5 encoder whose vectors are made, not trained.
+What lets everything run without a download: a task made on the spot, tokenizers trained on the text
+at hand, and a small T5 encoder whose vectors are made, not trained.
 """
-import ast
 import json
-import os
 import random
 import re
 import string
-from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,38 +14,7 @@ import torch.nn.functional as F
 from parts.data import open_split
 
 # -------------------------------------------------------------------------------------------------
-# texts
-
-def docstrings():
-    """Every docstring of Python's standard library but its tests; read, never imported."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    # a distribution may leave some out, or put its own packages beside
-    skipped = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'lib2to3'}
-    library = Path(os.__file__).parent
-    for file in sorted(library.rglob('*.py'), key=lambda file: (file.parent.parts, file.name)):
-        if skipped.isdisjoint(file.relative_to(library).parts):
-            for node in ast.walk(ast.parse(file.read_bytes())):
-                if isinstance(node, documented):
-                    yield ast.get_docstring(node) or ''
-
-
-def pydocs():
-    """
-    The prose that every Python carries, of its language reference (pydoc_data.topics) and of its
-    library's docstrings -> rows, a line each: a paragraph, a blank line, a paragraph, ...
-    """
-    from pydoc_data.topics import topics
-    paragraphs = {}             # a dict, as some stand in two places
-    for text in chain((topics[topic] for topic in sorted(topics)), docstrings()):
-        for paragraph in text.split('\n\n'):
-            flat = re.sub(r'[*"`]+', '', ' '.join(paragraph.split()))
-            letters = sum(ch.isalpha() or ch in ' ,.' for ch in flat)
-            # no code, table or heading, nor grammar
-            prose = len(flat) > 60 and flat[-1] in '.:;' and '::=' not in flat
-            if prose and letters > 0.92 * len(flat):
-                paragraphs[flat] = True
-    return [dict(text=line) for line in '\n\n'.join(paragraphs).splitlines(keepends=True)]
-
+# a task
 
 BELOW_20 = ('zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen '
             'fifteen sixteen seventeen eighteen nineteen').split()

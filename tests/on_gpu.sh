@@ -77,8 +77,9 @@ bench() {   # bench NAME SECONDS MORE...
 LAUNCH=("$PYTHON")
 bench B_compiled 420 --size=ELF-B --batch_size=64 --compile=true --profile=true
 run tests 240 "$PYTHON" -m pytest -q tests/test_gpu.py -k "${TINY:+of_the_cpu or wrong_device}"
-run prepare 120 "$PYTHON" prepare.py --name=pydocs128 --max_length=128 --letters_only=false \
-    --token_level=subwords --encoder_dim=128 --data_dir="$OUT/data"
+run text 60 "$PYTHON" tests/pydocs.py "$OUT/pydocs.txt"
+run prepare 120 "$PYTHON" prepare.py --dataset="$OUT/pydocs.txt" --name=pydocs128 \
+    --max_length=128 --letters_only=false --encoder_dim=128 --data_dir="$OUT/data"
 train debug 1000
 cp -r "$OUT/debug" "$OUT/resumed"
 train resumed 1500 --init_from=resume
