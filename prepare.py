@@ -521,7 +521,7 @@ def make_set(folder, files, names, settings):
     tok = find_tokenizer(folder, files, names)
     if encoder:
         check_pair(text_encoder, tok)
-    meta = dict(dir=folder, dtype='uint16' if len(tok) <= 65536 else 'uint32',
+    meta = dict(dir=folder, format=1, dtype='uint16' if len(tok) <= 65536 else 'uint32',
                 tokenizer=tokenizer or encoder or 'tokenizer', encoder=encoder or 'encoder',
                 vocab_size=len(tok), pad_id=tok.pad_token_id, eos_id=tok.eos_token_id,
                 conditional=len(names) == 2, max_length=0, rows={}, tokens={}, columns=names,
