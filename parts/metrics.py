@@ -171,19 +171,17 @@ def load_gpt2(source):
     GPT-2's tokenizer without GPT-2, from its two files in a folder or of a hub id -> encode(text)
     -> ids. UserError if they are not there.
     """
-    from tiktoken import Encoding
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    from tiktoken_ext.openai_public import r50k_pat_str
+    from tokenizers import ByteLevelBPETokenizer
     from transformers.utils import cached_file
-    os.environ['TIKTOKEN_CACHE_DIR'] = ''       # its copies go by the path, whatever is there now
     with from_hub("no encoder files of GPT-2, merges.txt and vocab.json", source):
-        names = ('merges.txt', 'vocab.json')
+        names = ('vocab.json', 'merges.txt')
         if os.path.exists(os.path.join(source, 'vocab.bpe')):
-            names = ('vocab.bpe', 'encoder.json')       # as OpenAI published them
-        ranks = data_gym_to_mergeable_bpe_ranks(*(cached_file(source, name) for name in names))
-    encoding = Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                        special_tokens={'<|endoftext|>': len(ranks)})
-    return partial(encoding.encode, allowed_special='all')
+            names = ('encoder.json', 'vocab.bpe')       # as OpenAI published them
+        tokenizer = ByteLevelBPETokenizer.from_file(*[cached_file(source, x) for x in names])
+        tokenizer.add_special_tokens(['<|endoftext|>'])
+        if tokenizer.encode(' gazed').ids != [50255]:       # of the last of its merges
+            raise ValueError("they are another tokenizer's, or cut")
+    return lambda text: tokenizer.encode(text).ids
 
 
 def judge_ids(texts, encode, max_length=1024):
