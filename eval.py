@@ -11,12 +11,12 @@ How good are the texts? Sample a checkpoint, or take a file of texts, and measur
 Read the columns together: repetition lowers the perplexity of a judge, and entropy and distinct_4
 with it.
 
-    exact +-                        share of texts equal to their target, its standard error
+    exact, exact_stderr             share of texts equal to their target, its standard error
     length, first_wrong             of the others: share with another number of words; which word
                                     is their first wrong one, the median
     bleu, rouge1, rouge2, rougeL    of other scripts than a to z by words, or by characters where
                                     no spaces are; rouge2 of texts of one word is 0
-    nats/char, nats/token           by n-grams of training text: 5 characters, 3 tokens
+    nats_per_char, nats_per_token   by n-grams of training text: 5 characters, 3 tokens
     gen_ppl                         perplexity of the texts for a causal LM, the judge
     entropy, distinct_4_judge       of the judge's tokens (GPT-2's): of a text, nats; share of
                                     different ones among all 4-grams

@@ -6,7 +6,6 @@ import math
 import os
 import sys
 from collections import Counter
-from contextlib import contextmanager
 from functools import lru_cache, partial
 from statistics import median
 from types import SimpleNamespace
@@ -110,7 +109,7 @@ def errors(hyps, refs):
     wrong = [(hyp, ref) for hyp, ref in pairs if hyp != ref]
     places = [1 + len(os.path.commonprefix(pair)) for pair in wrong]
     return dict(length=mean([len(hyp) != len(ref) for hyp, ref in wrong]),
-                first_wrong=median(places) if places else math.nan)
+                first_wrong=median(places or [math.nan]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -194,19 +193,7 @@ def count_ids(rows):
     return dict(entropy=mean([*map(entropy, rows)]), distinct_4_judge=distinct(rows))
 
 
-@contextmanager
-def float32_products():
-    """Of a GPU, too: for what is sampled device.py may have allowed TF32, which is coarser."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 @torch.no_grad()
-@float32_products()
 def gen_ppl(texts, judge, device='cpu'):
     """
     Generative perplexity, the official JAX protocol [utils/metrics_utils.py] -> dict. Blank texts
@@ -222,6 +209,9 @@ def gen_ppl(texts, judge, device='cpu'):
     rows = judge_ids(texts, encode, limit)
     width = max(map(len, rows), default=0)
     nll, tokens = 0.0, 0
+    # for what is sampled device.py may have allowed TF32, which is coarser
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
     # a text at a time: its float32 logits take 0.2 GB; of the fill no token but the first counts
     for row in tqdm(rows, desc='judge', disable=None, leave=False):
         ids = torch.tensor(row + [eos] * (len(row) < width), device=device)         # (T,)
@@ -231,6 +221,7 @@ def gen_ppl(texts, judge, device='cpu'):
         scored = of_each[(~is_eos | (is_eos.cumsum(0) == 1))[1:]]
         nll += scored.sum().item()
         tokens += len(scored)
+    torch.set_float32_matmul_precision(precision)
     ppl = math.exp(nll / tokens) if tokens else math.nan
     return dict(gen_ppl=ppl, tokens=tokens) | count_ids(rows)
 
@@ -287,7 +278,6 @@ def measure(rows, limit, judges):
 COLUMNS = ('exact exact_stderr length first_wrong bleu rouge1 rouge2 rougeL '
            'nats_per_char nats_per_token gen_ppl entropy distinct_4_judge entropy_own distinct_4 '
            'repetition empty').split()
-SHORT = dict(exact_stderr='+-', nats_per_char='nats/char', nats_per_token='nats/token')
 
 
 def print_table(results):
@@ -302,7 +292,7 @@ def print_table(results):
             lines[name + ' +-'] = row['stderr']
     # object: whole numbers stay whole
     table = DataFrame.from_dict(lines, orient='index', columns=COLUMNS, dtype=object)
-    table = table.dropna(axis='columns', how='all').rename(columns=SHORT)
+    table = table.dropna(axis='columns', how='all')
     print(f"\n{table.to_string(float_format='{:#.4g}'.format, na_rep='', line_width=100)}\n")
 
 
@@ -310,6 +300,5 @@ def over_runs(results):
     """Metrics of each run -> their means, and with several runs the standard errors of these."""
     if len(results) == 1:
         return results[0]
-    table = DataFrame(results)
-    stderr = table.sem(skipna=False).to_dict()
-    return table.mean(skipna=False).to_dict() | dict(stderr=stderr, by_seed=results)
+    means, stderr = DataFrame(results).agg(['mean', 'sem'], skipna=False).to_dict('records')
+    return means | dict(stderr=stderr, by_seed=results)

@@ -35,12 +35,11 @@ def plot_losses(out_dir):
     rows = DataFrame(read_rows(os.path.join(out_dir, 'metrics.jsonl')),
                      columns=['iter', 'l2', 'val_l2', 'ce', 'val_ce'], dtype=float)
     curves = rows.groupby('iter').last()        # of each column the last that is a number
-    titles = dict(l2='denoise: l2 of the velocity', ce='decode: cross-entropy, nats per token')
     fig = Figure(figsize=(10, 4), layout='constrained')
-    for axis, (part, title) in zip(fig.subplots(1, 2), titles.items()):
-        axis.plot(curves[part].dropna(), label='train')
-        axis.plot(curves['val_' + part].dropna(), 'o-', markersize=3, label='validation')
-        axis.set(title=title, xlabel='iteration', yscale='log')
+    for axis, part in zip(fig.subplots(1, 2), ('l2', 'ce')):
+        axis.plot(curves[part].dropna(), label=part)
+        axis.plot(curves['val_' + part].dropna(), 'o-', label='val_' + part)
+        axis.set(xlabel='iteration', yscale='log')
         axis.grid(alpha=0.3)
         axis.legend()
     fig.savefig(os.path.join(out_dir, 'loss.png'), dpi=120)
@@ -50,15 +49,13 @@ def at_equal_entropy(rows, real):
     """
     A sampler buys a judge's praise with entropy, so models are compared where theirs is that of
     real text (its row): of each model and number of steps, the judge's number there, interpolated
-    between the points to both sides -> {label: it, or 'not reached'; and the entropy}.
+    between the points to both sides, nan without -> {label: it; and the entropy}.
     """
     y, x = [key for key in AXES if key in real][:2]
     found = {}
     points = DataFrame(rows).dropna(subset=[x, y]).sort_values(x)
     for (source, steps), line in points.groupby(['source', 'steps'], sort=False):
-        number = np.interp(real[x], line[x], line[y])
-        if not line[x].min() <= real[x] <= line[x].max():
-            number = 'not reached'
+        number = np.interp(real[x], line[x], line[y], np.nan, np.nan)
         found[f'{source}, {steps} steps'] = {y: number, x: real[x]}
     return found
 
@@ -77,12 +74,10 @@ def plot_sweep(file, rows, real, names):
     from matplotlib.figure import Figure
     y, x = [key for key in AXES if key in rows[0]][:2]
     *others, last = names or ['steps']
-    points = DataFrame(rows)
-    points['line'] = [label(row, others) for row in rows]
-    points = points.dropna(subset=[x, y])
+    points = DataFrame(rows, [label(row, others) for row in rows]).dropna(subset=[x, y])
     fig = Figure(figsize=(8, 5), layout='constrained')
     axis = fig.subplots()
-    for name, line in points.groupby('line', sort=False):
+    for name, line in points.groupby(level=0, sort=False):
         axis.plot(line[x], line[y], 'o-', label=name)
     for text, *at in zip(points[last], points[x], points[y]):
         axis.annotate(text, at, (4, 4), textcoords='offset points')
