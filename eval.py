@@ -41,8 +41,7 @@ from tqdm import tqdm
 from model import TextEncoder, compute_loss, draw, encode_rows
 from parts.checkpoint import find_checkpoint, make_out_dir
 from parts.data import (add_lines, batched, check_vocabulary, cut_at_eos, get_rows, load_tokenizer,
-                        open_bins, open_split, printable, read_inputs, read_jsonl, read_row,
-                        to_json)
+                        open_bins, open_split, printable, read_inputs, read_row, to_json)
 from parts.device import (autocast, compile_in_place, gather, pack_linears, print0, rank_and_world,
                           start)
 # five of these for those who look for them here
@@ -111,7 +110,7 @@ def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, objective=
         uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)
         normal = torch.special.ndtri((k % T_BINS + uniform) / T_BINS)
         draws.t = torch.sigmoid(c.t_mean + c.t_std * normal).float().to(device)
-        rows = np.arange(k * batch_size, (k + 1) * batch_size) % meta['rows']['val']
+        rows = (k * batch_size + np.arange(batch_size)) % meta['rows']['val']
         batch = encode_rows(encoder, get_rows(meta, 'val', rows, c), draws, c, device)
         _, parts = objective(net, *batch, draws)
         mine.append((k, {name: x.item() for name, x in parts.items()}))
@@ -149,21 +148,16 @@ def read_samples(file, input_file='', meta=None):
     else words) and perhaps 'target': its own, or that of the line of input_file with the number
     'id', by default its own line. UserError if it does not fit.
     """
-    rows, encode, targets = [], str.split, {}
+    rows, encode = read_inputs(file, 'generated', 'text'), str.split
     if meta:
         encode = partial(load_tokenizer(meta['tokenizer']).encode, add_special_tokens=False)
+    for row in rows:
+        row['ids'] = encode(row['generated'])
     if input_file:
         found = find_targets(read_inputs(input_file))
         targets = {str(i): target for i, target in enumerate(found)}
-    for where, row in read_jsonl(file):
-        text = row.get('generated', row.get('text'))
-        if not isinstance(text, str):
-            raise UserError(f"{where} needs a text under 'generated' or 'text'")
-        if input_file:
-            row['target'] = targets.get(str(row.get('id', len(rows))))
-        rows.append(row | dict(generated=text, ids=encode(text)))
-    if not rows:
-        raise UserError(f"{file} has no texts")
+        for i, row in enumerate(rows):
+            row['target'] = targets.get(str(row.get('id', i)))
     if not find_targets(rows) and any('target' in row for row in rows):
         raise UserError(f"{file}: not each text has a 'target', its own or that of the line of "
                         "input_file which its 'id' names")
@@ -190,15 +184,15 @@ def sample_set(model, encoder, conditions, n, sampling, seed, batch_size, file):
     """
     c, rows = model.config, []
     tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
-    inputs, targets = [row['input'] for row in conditions], find_targets(conditions)
+    inputs = [row['input'] for row in conditions]
     rank, world = rank_and_world()
     batches = list(batched(range(len(conditions) or n), batch_size * world))
-    for numbers in tqdm(batches, unit='batch', leave=False, disable=True if rank else None):
+    for numbers in tqdm(batches, leave=False, disable=True if rank else None):
         mine = sample_texts(model, tokenizer, numbers[rank::world], batch_size, seed,
                             model.mode_tokens.device, sampling, inputs, encoder)
         batch = sorted(sum(gather(list(mine)), []), key=itemgetter('id'))
-        if targets:
-            batch = [row | dict(target=targets[row['id']]) for row in batch]
+        if conditions:      # their targets, and what else their lines have
+            batch = [conditions[row['id']] | row for row in batch]
         if file and rank == 0:
             add_lines(file, batch, 'a' if rows else 'w')
         rows += batch
@@ -247,26 +241,23 @@ if __name__ == '__main__':
 
     # ---- what is missing or wrong shows here, before the sampling; nothing is written yet --------
     meta = open_bins(data_dir, dataset) if dataset else {}
-    texts, models, plan, real = [], {}, [], []
+    texts, models, plan, real, train = [], {}, [], [], []
     if samples:
         plan, texts = [(samples, None, {})], read_samples(samples, input_file, meta)
-    else:
-        if meta.get('conditional') and not input_file:
-            input_file = f"{meta['dir']}/val.jsonl"
-        if input_file:
-            texts = read_inputs(input_file)[:num_samples]
-        for init_from, *settings in combinations(sweep, config):
-            source = init_from or out_dir
-            if source not in models:
-                models[source] = open_model(init_from, meta, texts, config, device, bf16)
-            weights = os.path.getmtime(find_checkpoint(source))
-            sampling = resolve_sampling(models[source][0].config, *settings)
-            plan.append((source, weights, sampling))
+    elif input_file or meta.get('conditional'):
+        texts = read_inputs(input_file or f"{meta['dir']}/val.jsonl")[:num_samples]
+    for init_from, *settings in [] if samples else combinations(sweep, config):
+        source = init_from or out_dir
+        if source not in models:
+            models[source] = open_model(init_from, meta, texts, config, device, bf16)
+        weights = os.path.getmtime(find_checkpoint(source))
+        sampling = resolve_sampling(models[source][0].config, *settings)
+        plan.append((source, weights, sampling))
     if judge == 'auto':
         judge = 'none' if find_targets(texts) else 'gpt2-large'
     if meta and not meta.get('conditional'):
         real = list(read_split(meta, 'val', len(texts) or num_samples))
-    train, limit = [], sum(len(row['ids']) for row in real) or sys.maxsize
+    limit = sum(len(row['ids']) for row in real) or sys.maxsize
     if judge == 'ngram':
         if not real:
             raise UserError("--judge=ngram learns from training text without conditions; name its "
@@ -276,7 +267,7 @@ if __name__ == '__main__':
         train = list(read_split(meta, 'train', n))
     log = f"{out_dir}/{'sweep' if sweep else 'metrics'}.jsonl"
     if rank == 0:
-        judges = make_judges(judge, gpt2, train, device)
+        judges = list(make_judges(judge, gpt2, train, device))
         make_out_dir(out_dir)
         add_lines(log, [])
     known = gather(read_rows(log) if sweep and rank == 0 else [])[0]

@@ -143,9 +143,8 @@ def fingerprint(meta):
     found = {name: meta[name] for name in ('rows', 'vocab_size', 'latent_mean', 'latent_std')}
     found |= meta['checksums']
     for part in PARTS:
-        sums = {f'{part}/{name}': sha256(f'{meta[part]}/{name}')
-                for name in ('model.safetensors', 'tokenizer.json', 'spiece.model')
-                if os.path.exists(f'{meta[part]}/{name}')}
+        paths = [Path(meta[part], name) for name in WHAT_COUNTS]
+        sums = {f'{part}/{path.name}': sha256(path) for path in paths if path.exists()}
         found |= sums or {part: meta[part]}         # a name on the hub
     return found
 
@@ -219,6 +218,7 @@ def put_aside(out_dir):
 # whole: a tokenizer and an encoder of one's own lie beside the checkpoint
 
 PARTS = ('tokenizer', 'encoder')
+WHAT_COUNTS = ('model.safetensors', 'tokenizer.json', 'spiece.model')       # of their files
 NOT_CARRIED = dict(encoder=shutil.ignore_patterns('.*', '*.h5', '*.msgpack'),
                    tokenizer=shutil.ignore_patterns('.*', '*.bin', '*.safetensors'))
 

@@ -170,17 +170,19 @@ def load_gpt2(source):
     GPT-2's tokenizer without GPT-2, from its two files in a folder or of a hub id -> encode(text)
     -> ids. UserError if they are not there.
     """
-    from tokenizers import ByteLevelBPETokenizer
+    from tiktoken import Encoding
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
     from transformers.utils import cached_file
+    os.environ['TIKTOKEN_CACHE_DIR'] = ''       # its copies go by the path, whatever is there now
     with from_hub("no encoder files of GPT-2, merges.txt and vocab.json", source):
-        names = ('vocab.json', 'merges.txt')
+        names = ('merges.txt', 'vocab.json')
         if os.path.exists(os.path.join(source, 'vocab.bpe')):
-            names = ('encoder.json', 'vocab.bpe')       # as OpenAI published them
-        tokenizer = ByteLevelBPETokenizer.from_file(*[cached_file(source, x) for x in names])
-        tokenizer.add_special_tokens(['<|endoftext|>'])
-        if tokenizer.encode(' gazed').ids != [50255]:       # of the last of its merges
-            raise ValueError("they are another tokenizer's, or cut")
-    return lambda text: tokenizer.encode(text).ids
+            names = ('vocab.bpe', 'encoder.json')       # as OpenAI published them
+        ranks = data_gym_to_mergeable_bpe_ranks(*(cached_file(source, name) for name in names))
+    encoding = Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                        special_tokens={'<|endoftext|>': len(ranks)})
+    return partial(encoding.encode, allowed_special='all')
 
 
 def judge_ids(texts, encode, max_length=1024):
@@ -236,23 +238,21 @@ def find_targets(rows):
 
 def make_judges(judge, gpt2, train, device):
     """
-    eval.py's settings judge and gpt2 -> functions of texts and their ids that give metrics, dicts.
-    train: for judge 'ngram', rows of training text.
+    eval.py's settings judge and gpt2 -> one after the other functions of texts and their ids that
+    give metrics, dicts. train: for judge 'ngram', rows of training text.
     """
-    judges = []
     if judge == 'ngram':
         of_chars = train_ngram([row['generated'] for row in train], 5)
         of_tokens = train_ngram([tuple(row['ids']) for row in train], 3)
-        judges.append(lambda texts, ids: dict(
+        yield lambda texts, ids: dict(
             nats_per_char=ngram_nats(texts, of_chars),
-            nats_per_token=ngram_nats(map(tuple, ids), of_tokens)))
+            nats_per_token=ngram_nats(map(tuple, ids), of_tokens))
     elif judge != 'none':
         load_judge(judge, device)       # if it is missing, that shows now
-        judges.append(lambda texts, ids: gen_ppl(texts, judge, device=device))
+        yield lambda texts, ids: gen_ppl(texts, judge, device=device)
     if gpt2:
         encode = load_gpt2(gpt2)
-        judges.append(lambda texts, ids: count_ids(judge_ids(texts, encode)))
-    return judges
+        yield lambda texts, ids: count_ids(judge_ids(texts, encode))
 
 
 def measure(rows, limit, judges):
@@ -291,7 +291,7 @@ def print_table(results):
         if 'stderr' in row:
             lines[name + ' +-'] = row['stderr']
     # object: whole numbers stay whole
-    table = DataFrame.from_dict(lines, orient='index', columns=COLUMNS, dtype=object)
+    table = DataFrame.from_dict(lines, 'index', object, COLUMNS)
     table = table.dropna(axis='columns', how='all')
     print(f"\n{table.to_string(float_format='{:#.4g}'.format, na_rep='', line_width=100)}\n")
 
