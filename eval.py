@@ -127,8 +127,8 @@ def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, objective=
 def describe_val(val):
     """What estimate_loss found, for the log. No numbers of t: a student squeezes it."""
     bins = ' '.join(f'{x:.3f}' for x in val['l2_bins'])
-    return (f"val loss {val['loss']:.4f} (l2 {val['l2']:.4f}, ce {val['ce']:.4f}) | "
-            f"l2 by fifths of t, noise first: {bins}")
+    return ("val loss {loss:.4f} (l2 {l2:.4f}, ce {ce:.4f}) | "
+            "l2 by fifths of t, noise first: {bins}").format(bins=bins, **val)
 
 
 def write_few(model, encoder, meta, file, seed):

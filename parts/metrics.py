@@ -5,7 +5,7 @@ causal LM as the paper's. Nothing of ELF in it. ids: the tokens of a text, a lis
 import math
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import lru_cache, partial
 from statistics import median
 from types import SimpleNamespace
@@ -59,37 +59,37 @@ def distinct(ids_list, limit=sys.maxsize):
 # --------------------------------------------------------------------------------------------------
 # against the texts that were wanted, the targets
 
-UNSPACED = r'[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]'
-WORDS = regex.compile(rf'(?V1){UNSPACED}\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--{UNSPACED}]+')
+UNSPACED = r'[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*'
 
 
-def share(kind, texts):
-    """Share of the letters of texts that are of a kind, a class of characters."""
-    text = ''.join(texts).lower()
-    return len(regex.findall(kind, text)) / max(1, len(regex.findall(r'\p{L}', text)))
+def apart(text):
+    """Spaces around each character of a script that has none between words: it counts as one."""
+    return regex.sub(UNSPACED, r' \g<0> ', text)
 
 
 def bleu(hyps, refs):
     """
-    Corpus BLEU, 0 to 100, the official code's: sacreBLEU's in lower case with effective order. Its
-    tokens are characters where most letters of the targets are of a script without spaces.
+    Corpus BLEU, 0 to 100, the official code's: sacreBLEU's in lower case with effective order, of
+    texts with single characters where words have no spaces between them.
     """
     import sacrebleu
-    return sacrebleu.corpus_bleu(hyps, [refs], lowercase=True, use_effective_order=True,
-                                 tokenize='char' if share(UNSPACED, refs) > 0.5 else '13a').score
+    hyps, refs = [*map(apart, hyps)], [*map(apart, refs)]
+    return sacrebleu.corpus_bleu(hyps, [refs], lowercase=True, use_effective_order=True).score
 
 
 def rouge(hyps, refs):
     """
     ROUGE-1, -2 and -L, stemmed: F-measure * 100 of each pair, then the plain mean. rouge-score sees
     a to z and 0 to 9 alone; where most letters of the targets are others its tokens are words of
-    any script, not stemmed, and single characters of scripts without spaces. A pair of one-word
-    texts has no pairs of words: its ROUGE-2 is 0 even where they are equal.
+    any script, not stemmed, and single characters as for BLEU. A pair of one-word texts has no
+    pairs of words: its ROUGE-2 is 0 even where they are equal.
     """
     from rouge_score import rouge_scorer
     kinds, tokenizer = ('rouge1', 'rouge2', 'rougeL'), None
-    if share('[a-z]', refs) < 0.5:
-        tokenizer = SimpleNamespace(tokenize=lambda text: WORDS.findall(text.lower()))
+    letters = list(filter(str.isalpha, ''.join(refs)))
+    if sum(map(str.isascii, letters)) < len(letters) / 2:
+        tokenizer = SimpleNamespace(
+            tokenize=lambda text: regex.findall(r'[\p{L}\p{M}\p{N}]+', apart(text.lower())))
     scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True, tokenizer=tokenizer)
     scores = [scorer.score(ref, hyp) for hyp, ref in zip(hyps, refs, strict=True)]
     return {kind: mean([score[kind].fmeasure * 100 for score in scores]) for kind in kinds}
@@ -118,17 +118,15 @@ def errors(hyps, refs):
 
 def train_ngram(sequences, n=5):
     """
-    Count within each text or tuple of ids -> all 1- to n-grams; per context the items that followed
-    it, and how many different ones.
+    Count within each text or tuple of ids -> per context, of up to n - 1 items, how often each item
+    followed it, and how often any did.
     """
-    grams, followers, kinds = Counter(), Counter(), Counter()
+    followers = defaultdict(Counter)
     for sequence in sequences:
-        for k in range(1, n + 1):
-            grams.update(ngrams(sequence, k))
-    for gram, count in grams.items():
-        followers[gram[:-1]] += count
-        kinds[gram[:-1]] += 1
-    return grams, followers, kinds
+        for k in range(n):
+            for gram in ngrams(sequence, k + 1):
+                followers[gram[:k]][gram[k:]] += 1
+    return followers, {context: seen.total() for context, seen in followers.items()}
 
 
 def ngram_p(item, context, ngram):
@@ -137,13 +135,14 @@ def ngram_p(item, context, ngram):
     gives (count(h item) + K * P(item | h without its first)) / (N + K). Below the empty context:
     uniform over the alphabet and one item for all others.
     """
-    grams, followers, kinds = ngram
-    p = 1 / (kinds[item[:0]] + 1)
+    followers, totals = ngram
+    p = 1 / (len(followers[item[:0]]) + 1)
     for start in range(len(context), -1, -1):
         h = context[start:]
-        if h not in followers:
+        if h not in totals:
             break               # longer ones were not seen, or not counted, either
-        p = (grams[h + item] + kinds[h] * p) / (followers[h] + kinds[h])
+        kinds = len(followers[h])
+        p = (followers[h][item] + kinds * p) / (totals[h] + kinds)
     return p
 
 
