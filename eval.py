@@ -26,11 +26,11 @@ with it.
 """
 from configurator import UserError, check_value, configure      # before torch: see there
 
-import itertools
 import math
 import os
 import sys
 from functools import partial
+from itertools import islice, product
 from operator import itemgetter
 
 import numpy as np
@@ -47,7 +47,7 @@ from parts.device import (autocast, compile_in_place, gather, pack_linears, prin
 # five of these for those who look for them here
 from parts.metrics import (bleu, entropy, exact_match, find_targets, gen_ppl,  # noqa: F401
                            make_judges, mean, measure, over_runs, print_table, rouge)
-from parts.plots import at_equal_entropy, label, plot_losses, plot_sweep, read_rows  # noqa: F401
+from parts.plots import label, plot_losses, plot_sweep, read_rows  # noqa: F401
 from sample import (AT_LEAST_1, CHOICES, load_model, resolve_sampling,  # noqa: F401, for configure
                     sample_texts)
 
@@ -135,7 +135,7 @@ def write_few(model, encoder, meta, file, seed):
     """Four texts of a model in training to a JSONL file; the first of them shown."""
     conditions, sampling = [], resolve_sampling(model.config)
     if model.config.max_input_length:       # of the bins, as there may be no val.jsonl
-        conditions = list(itertools.islice(read_split(meta, 'val'), 4))
+        conditions = list(islice(read_split(meta, 'val'), 4))
     rows = sample_set(model, encoder, conditions, 4, sampling, seed, 4, file)
     print0(f"{file} | {printable(rows[0]['generated'])[:120]}")
 
@@ -213,7 +213,7 @@ def combinations(text, settings):
             raise UserError(f"--sweep: {part!r} is not name=value,value with one of "
                             f"{', '.join(SWEPT)}")
         values[name] = [check_value(globals(), name, x, '--sweep') for x in given.split(',')]
-    return list(itertools.product(*values.values()))
+    return list(product(*values.values()))
 
 
 def open_model(init_from, meta, conditions, config, device, bf16):
@@ -270,7 +270,7 @@ if __name__ == '__main__':
         judges = list(make_judges(judge, gpt2, train, device))
         make_out_dir(out_dir)
         add_lines(log, [])
-    known = gather(read_rows(log) if sweep and rank == 0 else [])[0]
+    known = gather(list(read_rows(log)) if sweep and rank == 0 else [])[0]
     print0(f"device: {about}, ranks: {world}; judge: {judge}")
 
     # ---- the texts: each rank samples its share, the first one measures --------------------------
@@ -305,9 +305,6 @@ if __name__ == '__main__':
     real_row = dict(real=measure(real, limit, judges)) if real else {}
     names = [k for k in ('source', *SWEPT[1:]) if len({row[k] for row in rows}) > 1]
     print_table({label(row, names): row for row in rows} | real_row)
-    if sweep and real and judge != 'none':
-        print("the judge's number at the entropy of real text:")
-        print_table(at_equal_entropy(rows, real_row['real']))
     if sweep:
         plot_sweep(f'{out_dir}/sweep.png', rows, real_row.get('real'), names)
         print(f"{log}, sweep.png")

@@ -143,7 +143,8 @@ def fingerprint(meta):
     found = {name: meta[name] for name in ('rows', 'vocab_size', 'latent_mean', 'latent_std')}
     found |= meta['checksums']
     for part in PARTS:
-        paths = [Path(meta[part], name) for name in WHAT_COUNTS]
+        paths = [Path(meta[part], name)
+                 for name in ('model.safetensors', 'tokenizer.json', 'spiece.model')]
         sums = {f'{part}/{path.name}': sha256(path) for path in paths if path.exists()}
         found |= sums or {part: meta[part]}         # a name on the hub
     return found
@@ -195,7 +196,8 @@ def begin_run(out_dir, resumed, config, c):
         os.replace(f'{out_dir}/ckpt.pt', f'{out_dir}/damaged_ckpt.pt')
     model_args = asdict(carry(c, out_dir))
     metrics = open(f'{out_dir}/metrics.jsonl', 'a', encoding='utf-8', buffering=1)
-    metrics.write('\n' if resumed else '')      # ends a line that a kill may have cut
+    if resumed:
+        metrics.write('\n')     # ends a line that a kill may have cut
 
     def log(**numbers):
         metrics.write(to_json(numbers) + '\n')
@@ -218,7 +220,6 @@ def put_aside(out_dir):
 # whole: a tokenizer and an encoder of one's own lie beside the checkpoint
 
 PARTS = ('tokenizer', 'encoder')
-WHAT_COUNTS = ('model.safetensors', 'tokenizer.json', 'spiece.model')       # of their files
 NOT_CARRIED = dict(encoder=shutil.ignore_patterns('.*', '*.h5', '*.msgpack'),
                    tokenizer=shutil.ignore_patterns('.*', '*.bin', '*.safetensors'))
 

@@ -86,8 +86,7 @@ def rouge(hyps, refs):
     """
     from rouge_score import rouge_scorer
     kinds, tokenizer = ('rouge1', 'rouge2', 'rougeL'), None
-    letters = list(filter(str.isalpha, ''.join(refs)))
-    if sum(map(str.isascii, letters)) < len(letters) / 2:
+    if mean([x.isascii() for x in ''.join(refs) if x.isalpha()]) < 0.5:
         tokenizer = SimpleNamespace(
             tokenize=lambda text: regex.findall(r'[\p{L}\p{M}\p{N}]+', apart(text.lower())))
     scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True, tokenizer=tokenizer)
@@ -176,7 +175,7 @@ def load_gpt2(source):
     os.environ['TIKTOKEN_CACHE_DIR'] = ''       # its copies go by the path, whatever is there now
     with from_hub("no encoder files of GPT-2, merges.txt and vocab.json", source):
         names = ('merges.txt', 'vocab.json')
-        if os.path.exists(os.path.join(source, 'vocab.bpe')):
+        if os.path.exists(f'{source}/vocab.bpe'):
             names = ('vocab.bpe', 'encoder.json')       # as OpenAI published them
         ranks = data_gym_to_mergeable_bpe_ranks(*(cached_file(source, name) for name in names))
     encoding = Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks,

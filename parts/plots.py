@@ -1,8 +1,6 @@
 """The two pictures, the losses of a run and samplers side by side, and what is read for them."""
 import json
-import os
 
-import numpy as np
 from pandas import DataFrame
 
 # of a sweep: the first two that there are, y and x. Quality over diversity: a judge is pleased by
@@ -16,14 +14,12 @@ AXES = dict(
 
 def read_rows(file):
     """The objects of a JSONL file that runs add to; a kill can cut a line: left out, and said."""
-    rows = []
     with open(file, encoding='utf-8', errors='replace') as f:
         for line in filter(str.strip, f):
             try:
-                rows.append({} | json.loads(line))
+                yield {} | json.loads(line)
             except (ValueError, TypeError):
                 print(f"{file}: 1 line is no JSON object, left out: {line[:40]!r}")
-    return rows
 
 
 def plot_losses(out_dir):
@@ -32,7 +28,7 @@ def plot_losses(out_dir):
     checkpoint: the last line of an iteration counts.
     """
     from matplotlib.figure import Figure
-    rows = DataFrame(read_rows(os.path.join(out_dir, 'metrics.jsonl')),
+    rows = DataFrame(read_rows(f'{out_dir}/metrics.jsonl'),
                      columns=['iter', 'l2', 'val_l2', 'ce', 'val_ce'], dtype=float)
     curves = rows.groupby('iter').last()        # of each column the last that is a number
     fig = Figure(figsize=(10, 4), layout='constrained')
@@ -40,24 +36,9 @@ def plot_losses(out_dir):
         axis.plot(curves[part].dropna(), label=part)
         axis.plot(curves['val_' + part].dropna(), 'o-', label='val_' + part)
         axis.set(xlabel='iteration', yscale='log')
-        axis.grid(alpha=0.3)
+        axis.grid()
         axis.legend()
-    fig.savefig(os.path.join(out_dir, 'loss.png'), dpi=120)
-
-
-def at_equal_entropy(rows, real):
-    """
-    A sampler buys a judge's praise with entropy, so models are compared where theirs is that of
-    real text (its row): of each model and number of steps, the judge's number there, interpolated
-    between the points to both sides, nan without -> {label: it; and the entropy}.
-    """
-    y, x = [key for key in AXES if key in real][:2]
-    found = {}
-    points = DataFrame(rows).dropna(subset=[x, y]).sort_values(x)
-    for (source, steps), line in points.groupby(['source', 'steps'], sort=False):
-        number = np.interp(real[x], line[x], line[y], np.nan, np.nan)
-        found[f'{source}, {steps} steps'] = {y: number, x: real[x]}
-    return found
+    fig.savefig(f'{out_dir}/loss.png')
 
 
 def label(row, names):
@@ -68,6 +49,7 @@ def label(row, names):
 def plot_sweep(file, rows, real, names):
     """
     Rows of a sweep -> a picture: quality over diversity, real text (its row, or None) as a star.
+    A sampler buys a judge's praise with entropy: compare where the lines cross that of real text.
     names: the settings in which rows differ; the last is written beside the points, a line for each
     value of the others. What has no number, such as the nats of blank texts, is left out.
     """
@@ -85,6 +67,6 @@ def plot_sweep(file, rows, real, names):
         axis.axvline(real[x], color='gold')
         axis.plot(real[x], real[y], '*', markersize=16, color='gold', label='real text')
     axis.set(xlabel=AXES[x], ylabel=AXES[y], title=f"beside the points: {last}")
-    axis.grid(alpha=0.3)
+    axis.grid()
     fig.legend(loc='outside right upper')
-    fig.savefig(file, dpi=120)
+    fig.savefig(file)

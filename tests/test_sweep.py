@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 
-import numpy as np
 import pytest
 from test_eval import change_settings, eval_command, evaluate, trained  # noqa: F401, fixtures
 
 import sample
 from configurator import UserError
 from eval import SWEPT, combinations
-from parts.plots import at_equal_entropy, plot_sweep
+from parts.plots import plot_sweep
 
 SETTINGS = dict(init_from='', steps=-1, sampler='', gamma=-1.0, w=-1.0, cfg=-1.0,
                 grid='logit_normal')
@@ -79,7 +78,6 @@ def test_samples_each_combination_once(swept, tmp_path, monkeypatch):
         assert row['nats_per_char'] > 0 and row['entropy_own'] > 0 and row['texts'] == 6
         assert (row['steps'], row['sampler'], row['gamma']) == call and row['judge'] == 'ngram'
     assert swept.out.count('\nreal ') == swept.out.count('\nsteps=3 sampler=ode ') == 1
-    assert swept.out.count(f'\n{tmp_path}, ') == 2, 'at the entropy of real text'
     assert (tmp_path / 'sweep.png').stat().st_size > 10000
     assert not (tmp_path / 'samples_eval.jsonl').exists()
 
@@ -133,19 +131,6 @@ def test_two_ranks_sweep_as_one(swept, trained, tmp_path):
     together = read(trained)
     assert together == alone
     assert got.stdout.count('\nsteps=3 ') == 1, 'one table'
-
-
-def test_models_are_compared_at_the_entropy_of_real_text():
-    """A line of numbers by hand: 2.5 lies midway between 2 and 3, on the line, and beyond 2.4."""
-    points = [('a', 8, 3.0, 20.0), ('a', 8, 2.0, 10.0), ('a', 8, None, 5.0), ('a', 8, 4.0, 90.0),
-              ('a', 4, 2.0, 9.0), ('a', 4, 2.4, 8.0), ('b', 8, 2.5, 7.0)]
-    rows = [dict(source=source, steps=steps, entropy=entropy, gen_ppl=ppl)
-            for source, steps, entropy, ppl in points]
-    real = dict(gen_ppl=6.0, entropy=2.5)
-    found = at_equal_entropy(rows, real)
-    assert np.isnan(found.pop('a, 4 steps')['gen_ppl']), 'not reached'
-    assert found == {'a, 8 steps': dict(gen_ppl=15.0, entropy=2.5),
-                     'b, 8 steps': dict(gen_ppl=7.0, entropy=2.5)}
 
 
 def test_the_picture_without_real_text_and_with_blank_texts(tmp_path):
