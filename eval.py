@@ -11,12 +11,12 @@ How good are the texts? Sample a checkpoint, or take a file of texts, and measur
 Read the columns together: repetition lowers the perplexity of a judge, and entropy and distinct_4
 with it.
 
-    exact +-                        share of texts equal to their target, its standard error
+    exact, exact_stderr             share of texts equal to their target, its standard error
     length, first_wrong             of the others: share with another number of words; which word
                                     is their first wrong one, the median
     bleu, rouge1, rouge2, rougeL    of other scripts than a to z by words, or by characters where
                                     no spaces are; rouge2 of texts of one word is 0
-    nats/char, nats/token           by n-grams of training text: 5 characters, 3 tokens
+    nats_per_char, nats_per_token   by n-grams of training text: 5 characters, 3 tokens
     gen_ppl                         perplexity of the texts for a causal LM, the judge
     entropy, distinct_4_judge       of the judge's tokens (GPT-2's): of a text, nats; share of
                                     different ones among all 4-grams
@@ -26,11 +26,11 @@ with it.
 """
 from configurator import UserError, check_value, configure      # before torch: see there
 
-import itertools
 import math
 import os
 import sys
 from functools import partial
+from itertools import islice, product
 from operator import itemgetter
 
 import numpy as np
@@ -41,8 +41,7 @@ from tqdm import tqdm
 from model import TextEncoder, compute_loss, draw, encode_rows
 from parts.checkpoint import find_checkpoint, make_out_dir
 from parts.data import (add_lines, batched, check_vocabulary, cut_at_eos, get_rows, load_tokenizer,
-                        open_bins, open_split, printable, read_inputs, read_jsonl, read_row,
-                        to_json)
+                        open_bins, open_split, printable, read_inputs, read_row, to_json)
 from parts.device import autocast, compile_in_place, gather, print0, rank_and_world, start
 # five of these for those who look for them here
 from parts.metrics import (bleu, entropy, exact_match, find_targets, gen_ppl,  # noqa: F401
@@ -110,7 +109,7 @@ def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, objective=
         uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)
         normal = torch.special.ndtri((k % T_BINS + uniform) / T_BINS)
         draws.t = torch.sigmoid(c.t_mean + c.t_std * normal).float().to(device)
-        rows = np.arange(k * batch_size, (k + 1) * batch_size) % meta['rows']['val']
+        rows = (k * batch_size + np.arange(batch_size)) % meta['rows']['val']
         batch = encode_rows(encoder, get_rows(meta, 'val', rows, c), draws, c, device)
         _, parts = objective(net, *batch, draws)
         mine.append((k, {name: x.item() for name, x in parts.items()}))
@@ -127,15 +126,15 @@ def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, objective=
 def describe_val(val):
     """What estimate_loss found, for the log. No numbers of t: a student squeezes it."""
     bins = ' '.join(f'{x:.3f}' for x in val['l2_bins'])
-    return (f"val loss {val['loss']:.4f} (l2 {val['l2']:.4f}, ce {val['ce']:.4f}) | "
-            f"l2 by fifths of t, noise first: {bins}")
+    return ("val loss {loss:.4f} (l2 {l2:.4f}, ce {ce:.4f}) | "
+            "l2 by fifths of t, noise first: {bins}").format(bins=bins, **val)
 
 
 def write_few(model, encoder, meta, file, seed):
     """Four texts of a model in training to a JSONL file; the first of them shown."""
     conditions, sampling = [], resolve_sampling(model.config)
     if model.config.max_input_length:       # of the bins, as there may be no val.jsonl
-        conditions = list(itertools.islice(read_split(meta, 'val'), 4))
+        conditions = list(islice(read_split(meta, 'val'), 4))
     rows = sample_set(model, encoder, conditions, 4, sampling, seed, 4, file)
     print0(f"{file} | {printable(rows[0]['generated'])[:120]}")
 
@@ -148,21 +147,16 @@ def read_samples(file, input_file='', meta=None):
     else words) and perhaps 'target': its own, or that of the line of input_file with the number
     'id', by default its own line. UserError if it does not fit.
     """
-    rows, encode, targets = [], str.split, {}
+    rows, encode = read_inputs(file, 'generated', 'text'), str.split
     if meta:
         encode = partial(load_tokenizer(meta['tokenizer']).encode, add_special_tokens=False)
+    for row in rows:
+        row['ids'] = encode(row['generated'])
     if input_file:
         found = find_targets(read_inputs(input_file))
         targets = {str(i): target for i, target in enumerate(found)}
-    for where, row in read_jsonl(file):
-        text = row.get('generated', row.get('text'))
-        if not isinstance(text, str):
-            raise UserError(f"{where} needs a text under 'generated' or 'text'")
-        if input_file:
-            row['target'] = targets.get(str(row.get('id', len(rows))))
-        rows.append(row | dict(generated=text, ids=encode(text)))
-    if not rows:
-        raise UserError(f"{file} has no texts")
+        for i, row in enumerate(rows):
+            row['target'] = targets.get(str(row.get('id', i)))
     if not find_targets(rows) and any('target' in row for row in rows):
         raise UserError(f"{file}: not each text has a 'target', its own or that of the line of "
                         "input_file which its 'id' names")
@@ -189,15 +183,15 @@ def sample_set(model, encoder, conditions, n, sampling, seed, batch_size, file):
     """
     c, rows = model.config, []
     tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
-    inputs, targets = [row['input'] for row in conditions], find_targets(conditions)
+    inputs = [row['input'] for row in conditions]
     rank, world = rank_and_world()
     batches = list(batched(range(len(conditions) or n), batch_size * world))
-    for numbers in tqdm(batches, unit='batch', leave=False, disable=True if rank else None):
+    for numbers in tqdm(batches, leave=False, disable=True if rank else None):
         mine = sample_texts(model, tokenizer, numbers[rank::world], batch_size, seed,
                             model.mode_tokens.device, sampling, inputs, encoder)
         batch = sorted(sum(gather(list(mine)), []), key=itemgetter('id'))
-        if targets:
-            batch = [row | dict(target=targets[row['id']]) for row in batch]
+        if conditions:      # their targets, and what else their lines have
+            batch = [conditions[row['id']] | row for row in batch]
         if file and rank == 0:
             add_lines(file, batch, 'a' if rows else 'w')
         rows += batch
@@ -218,7 +212,7 @@ def combinations(text, settings):
             raise UserError(f"--sweep: {part!r} is not name=value,value with one of "
                             f"{', '.join(SWEPT)}")
         values[name] = [check_value(globals(), name, x, '--sweep') for x in given.split(',')]
-    return list(itertools.product(*values.values()))
+    return list(product(*values.values()))
 
 
 def open_model(init_from, meta, conditions, config, device, bf16):
@@ -246,26 +240,23 @@ if __name__ == '__main__':
 
     # ---- what is missing or wrong shows here, before the sampling; nothing is written yet --------
     meta = open_bins(data_dir, dataset) if dataset else {}
-    texts, models, plan, real = [], {}, [], []
+    texts, models, plan, real, train = [], {}, [], [], []
     if samples:
         plan, texts = [(samples, None, {})], read_samples(samples, input_file, meta)
-    else:
-        if meta.get('conditional') and not input_file:
-            input_file = f"{meta['dir']}/val.jsonl"
-        if input_file:
-            texts = read_inputs(input_file)[:num_samples]
-        for init_from, *settings in combinations(sweep, config):
-            source = init_from or out_dir
-            if source not in models:
-                models[source] = open_model(init_from, meta, texts, config, device, bf16)
-            weights = os.path.getmtime(find_checkpoint(source))
-            sampling = resolve_sampling(models[source][0].config, *settings)
-            plan.append((source, weights, sampling))
+    elif input_file or meta.get('conditional'):
+        texts = read_inputs(input_file or f"{meta['dir']}/val.jsonl")[:num_samples]
+    for init_from, *settings in [] if samples else combinations(sweep, config):
+        source = init_from or out_dir
+        if source not in models:
+            models[source] = open_model(init_from, meta, texts, config, device, bf16)
+        weights = os.path.getmtime(find_checkpoint(source))
+        sampling = resolve_sampling(models[source][0].config, *settings)
+        plan.append((source, weights, sampling))
     if judge == 'auto':
         judge = 'none' if find_targets(texts) else 'gpt2-large'
     if meta and not meta.get('conditional'):
         real = list(read_split(meta, 'val', len(texts) or num_samples))
-    train, limit = [], sum(len(row['ids']) for row in real) or sys.maxsize
+    limit = sum(len(row['ids']) for row in real) or sys.maxsize
     if judge == 'ngram':
         if not real:
             raise UserError("--judge=ngram learns from training text without conditions; name its "
@@ -275,10 +266,10 @@ if __name__ == '__main__':
         train = list(read_split(meta, 'train', n))
     log = f"{out_dir}/{'sweep' if sweep else 'metrics'}.jsonl"
     if rank == 0:
-        judges = make_judges(judge, gpt2, train, device)
+        judges = list(make_judges(judge, gpt2, train, device))
         make_out_dir(out_dir)
         add_lines(log, [])
-    known = gather(read_rows(log) if sweep and rank == 0 else [])[0]
+    known = gather(list(read_rows(log)) if sweep and rank == 0 else [])[0]
     print0(f"device: {about}, ranks: {world}; judge: {judge}")
 
     # ---- the texts: each rank samples its share, the first one measures --------------------------

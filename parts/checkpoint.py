@@ -5,11 +5,9 @@ ckpt.pt and the one before it, ckpt_prev.pt, are written whole or not at all and
 needs to go on, in tensors and plain types only. A tokenizer and an encoder that are no names on the
 hub lie beside them, in tokenizer/ and encoder/, so that the folder can be moved and used anywhere.
 """
-import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import zipfile
 from contextlib import contextmanager
@@ -145,9 +143,9 @@ def fingerprint(meta):
     found = {name: meta[name] for name in ('rows', 'vocab_size', 'latent_mean', 'latent_std')}
     found |= meta['checksums']
     for part in PARTS:
-        sums = {f'{part}/{name}': sha256(f'{meta[part]}/{name}')
-                for name in ('model.safetensors', 'tokenizer.json', 'spiece.model')
-                if os.path.exists(f'{meta[part]}/{name}')}
+        paths = [Path(meta[part], name)
+                 for name in ('model.safetensors', 'tokenizer.json', 'spiece.model')]
+        sums = {f'{part}/{path.name}': sha256(path) for path in paths if path.exists()}
         found |= sums or {part: meta[part]}         # a name on the hub
     return found
 
@@ -164,23 +162,22 @@ def check_resume(path, ckpt, config):
     was, now = [x | x.get('bins', {}) for x in (ckpt['config'], config)]
     for x in (was, now):
         x['rows_per_step'] = x['batch_size'] * x['gradient_accumulation_steps']
-    changed = [name for name in was
-               if name not in MAY_CHANGE and now.get(name, was[name]) != was[name]]
-    told = [f"{name} was {was[name]!r}, now {now[name]!r}" for name in changed]
-    if set(changed) - {'max_iters', *WHERE_IT_RUNS}:
+    changed = {name: f"{name} was {x!r}, now {now[name]!r}" for name, x in was.items()
+               if name not in MAY_CHANGE and now.get(name, x) != x}
+    told = [*changed.values()]
+    if changed.keys() - {'max_iters', *WHERE_IT_RUNS}:
         raise UserError(f"{path} was trained with other settings or bins: {'; '.join(told)}; drop "
                         "the override, prepare the bins as they were, or choose another --out_dir")
-    if set(changed) - {'max_iters'}:
+    if changed.keys() - {'max_iters'}:
         told.append("the same rows a step, perhaps by other draws; not the same bit for bit")
     return told
 
 
 def begin_run(out_dir, resumed, config, c):
     """
-    From here on files are written: lock out_dir, put the run aside that is not resumed, write
-    settings.json, copy tokenizer and encoder -> the lock; log(iter=.., **numbers), a line of
-    metrics.jsonl and perhaps of Weights & Biases; the model's settings for its checkpoints. Only
-    the first rank writes.
+    From here on files are written: lock out_dir, put the run aside that is not resumed, copy
+    tokenizer and encoder -> the lock; log(iter=.., **numbers), a line of metrics.jsonl and perhaps
+    of Weights & Biases; the model's settings for its checkpoints. Only the first rank writes.
     """
     if device.rank_and_world()[0]:
         return None, lambda **numbers: None, None
@@ -198,10 +195,9 @@ def begin_run(out_dir, resumed, config, c):
         # damaged: the next save must not let it replace the good one before it
         os.replace(f'{out_dir}/ckpt.pt', f'{out_dir}/damaged_ckpt.pt')
     model_args = asdict(carry(c, out_dir))
-    settings = dict(config=config, command=sys.argv, torch=torch.__version__)
-    Path(out_dir, 'settings.json').write_text(json.dumps(settings, indent=1))
     metrics = open(f'{out_dir}/metrics.jsonl', 'a', encoding='utf-8', buffering=1)
-    metrics.write('\n' if resumed else '')      # ends a line that a kill may have cut
+    if resumed:
+        metrics.write('\n')     # ends a line that a kill may have cut
 
     def log(**numbers):
         metrics.write(to_json(numbers) + '\n')
@@ -234,29 +230,16 @@ def carry(c, out_dir):
     here and it has none, each whole or not at all -> the config that a checkpoint in out_dir holds:
     it names them 'tokenizer' and 'encoder'; hub ids stay. UserError.
     """
-    carried = [part for part in PARTS if os.path.isdir(getattr(c, part))]
-    for part in carried:
-        if os.path.exists(f'{out_dir}/{part}'):
-            continue        # of the run that goes on, the same: see check_resume
-        with whole(f'{out_dir}/{part}') as aside:
-            shutil.copytree(getattr(c, part), aside, ignore=NOT_CARRIED[part])
-            os.chmod(aside, 0o755)      # the source may be read-only
-    return replace(c, **{part: part for part in carried})
-
-
-def find_parts(settings, path):
-    """
-    The tokenizer and the encoder that a run carries, see carry: beside its checkpoint -> settings
-    to change. UserError if they are gone.
-    """
-    found = {}
     for part in PARTS:
-        if settings.get(part) == part:      # no hub id, no folder that the user named
-            found[part] = beside = os.path.join(os.path.dirname(path), part)
-            if not os.path.isdir(beside):
-                raise UserError(f"{path} needs its {part}; copy the one that it was trained with "
-                                f"to {beside}")
-    return found
+        source, copy = getattr(c, part), f'{out_dir}/{part}'
+        if not os.path.isdir(source):
+            continue
+        if not os.path.exists(copy):        # else of the run that goes on: see check_resume
+            with whole(copy) as aside:
+                shutil.copytree(source, aside, ignore=NOT_CARRIED[part])
+                os.chmod(aside, 0o755)      # the source may be read-only
+        c = replace(c, **{part: part})
+    return c
 
 # -------------------------------------------------------------------------------------------------
 # where: a file, a folder, the hub
@@ -331,9 +314,9 @@ def is_jax(path):
 
 def networks_in(ckpt):
     """The EMA and the weights in a checkpoint, ours or theirs, or in bare weights; of one both."""
-    ema = ckpt.get('ema') or ckpt.get('ema_params1')
-    params = ckpt.get('model') or ckpt.get('params')
-    return ema or params or ckpt, params or ema or ckpt
+    names = ('ema', 'ema_params1', 'model', 'params')
+    found = [ckpt[name] for name in names if ckpt.get(name)] or [ckpt]
+    return found[0], found[-1]
 
 
 def load_weights(source):
@@ -355,8 +338,15 @@ def read_settings(path, ckpt, state):
     """
     A checkpoint and its weights under our names -> settings for an ELFConfig. Sizes are those of
     the weights, all else our model_args, or the official config.yml beside the file, or, said so,
-    the published OpenWebText ones. UserError as in find_parts.
+    the published OpenWebText ones; the tokenizer and the encoder that a run carries are those
+    beside the file. UserError if they are gone.
     """
     sizes = read_sizes(state)
-    settings = ckpt.get('model_args') or read_config_yml(path, sizes)
-    return settings | find_parts(settings, path) | sizes
+    settings = (ckpt.get('model_args') or read_config_yml(path, sizes)) | sizes
+    for part in PARTS:
+        if settings.get(part) == part:      # no hub id, no folder that the user named
+            settings[part] = beside = os.path.join(os.path.dirname(path), part)
+            if not os.path.isdir(beside):
+                raise UserError(f"{path} needs its {part}; copy the one that it was trained with "
+                                f"to {beside}")
+    return settings

@@ -254,13 +254,13 @@ def read_jsonl(file):
         yield f"{file}, line {n}", row
 
 
-def read_inputs(file):
-    """The lines of a JSONL with conditions -> dicts with 'input'. UserError names the line."""
+def read_inputs(file, name='input', or_name='source'):
+    """The lines of a JSONL -> dicts with a text under name. UserError names the line."""
     rows = []
     for where, row in read_jsonl(file):
-        row['input'] = row.get('input', row.get('source'))
-        if not isinstance(row['input'], str):
-            raise UserError(f"{where} needs a text under 'input' (or 'source')")
+        row[name] = row.get(name, row.get(or_name))
+        if not isinstance(row[name], str):
+            raise UserError(f"{where} needs a text under {name!r} (or {or_name!r})")
         rows.append(row)
     if not rows:
         raise UserError(f"{file} has no lines")

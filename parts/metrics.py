@@ -5,8 +5,7 @@ causal LM as the paper's. Nothing of ELF in it. ids: the tokens of a text, a lis
 import math
 import os
 import sys
-from collections import Counter
-from contextlib import contextmanager
+from collections import Counter, defaultdict
 from functools import lru_cache, partial
 from statistics import median
 from types import SimpleNamespace
@@ -60,37 +59,36 @@ def distinct(ids_list, limit=sys.maxsize):
 # --------------------------------------------------------------------------------------------------
 # against the texts that were wanted, the targets
 
-UNSPACED = r'[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]'
-WORDS = regex.compile(rf'(?V1){UNSPACED}\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--{UNSPACED}]+')
+UNSPACED = r'[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*'
 
 
-def share(kind, texts):
-    """Share of the letters of texts that are of a kind, a class of characters."""
-    text = ''.join(texts).lower()
-    return len(regex.findall(kind, text)) / max(1, len(regex.findall(r'\p{L}', text)))
+def apart(text):
+    """Spaces around each character of a script that has none between words: it counts as one."""
+    return regex.sub(UNSPACED, r' \g<0> ', text)
 
 
 def bleu(hyps, refs):
     """
-    Corpus BLEU, 0 to 100, the official code's: sacreBLEU's in lower case with effective order. Its
-    tokens are characters where most letters of the targets are of a script without spaces.
+    Corpus BLEU, 0 to 100, the official code's: sacreBLEU's in lower case with effective order, of
+    texts with single characters where words have no spaces between them.
     """
     import sacrebleu
-    return sacrebleu.corpus_bleu(hyps, [refs], lowercase=True, use_effective_order=True,
-                                 tokenize='char' if share(UNSPACED, refs) > 0.5 else '13a').score
+    hyps, refs = [*map(apart, hyps)], [*map(apart, refs)]
+    return sacrebleu.corpus_bleu(hyps, [refs], lowercase=True, use_effective_order=True).score
 
 
 def rouge(hyps, refs):
     """
     ROUGE-1, -2 and -L, stemmed: F-measure * 100 of each pair, then the plain mean. rouge-score sees
     a to z and 0 to 9 alone; where most letters of the targets are others its tokens are words of
-    any script, not stemmed, and single characters of scripts without spaces. A pair of one-word
-    texts has no pairs of words: its ROUGE-2 is 0 even where they are equal.
+    any script, not stemmed, and single characters as for BLEU. A pair of one-word texts has no
+    pairs of words: its ROUGE-2 is 0 even where they are equal.
     """
     from rouge_score import rouge_scorer
     kinds, tokenizer = ('rouge1', 'rouge2', 'rougeL'), None
-    if share('[a-z]', refs) < 0.5:
-        tokenizer = SimpleNamespace(tokenize=lambda text: WORDS.findall(text.lower()))
+    if mean([x.isascii() for x in ''.join(refs) if x.isalpha()]) < 0.5:
+        tokenizer = SimpleNamespace(
+            tokenize=lambda text: regex.findall(r'[\p{L}\p{M}\p{N}]+', apart(text.lower())))
     scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True, tokenizer=tokenizer)
     scores = [scorer.score(ref, hyp) for hyp, ref in zip(hyps, refs, strict=True)]
     return {kind: mean([score[kind].fmeasure * 100 for score in scores]) for kind in kinds}
@@ -110,7 +108,7 @@ def errors(hyps, refs):
     wrong = [(hyp, ref) for hyp, ref in pairs if hyp != ref]
     places = [1 + len(os.path.commonprefix(pair)) for pair in wrong]
     return dict(length=mean([len(hyp) != len(ref) for hyp, ref in wrong]),
-                first_wrong=median(places) if places else math.nan)
+                first_wrong=median(places or [math.nan]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -119,17 +117,15 @@ def errors(hyps, refs):
 
 def train_ngram(sequences, n=5):
     """
-    Count within each text or tuple of ids -> all 1- to n-grams; per context the items that followed
-    it, and how many different ones.
+    Count within each text or tuple of ids -> per context, of up to n - 1 items, how often each item
+    followed it, and how often any did.
     """
-    grams, followers, kinds = Counter(), Counter(), Counter()
+    followers = defaultdict(Counter)
     for sequence in sequences:
-        for k in range(1, n + 1):
-            grams.update(ngrams(sequence, k))
-    for gram, count in grams.items():
-        followers[gram[:-1]] += count
-        kinds[gram[:-1]] += 1
-    return grams, followers, kinds
+        for k in range(n):
+            for gram in ngrams(sequence, k + 1):
+                followers[gram[:k]][gram[k:]] += 1
+    return followers, {context: seen.total() for context, seen in followers.items()}
 
 
 def ngram_p(item, context, ngram):
@@ -138,13 +134,14 @@ def ngram_p(item, context, ngram):
     gives (count(h item) + K * P(item | h without its first)) / (N + K). Below the empty context:
     uniform over the alphabet and one item for all others.
     """
-    grams, followers, kinds = ngram
-    p = 1 / (kinds[item[:0]] + 1)
+    followers, totals = ngram
+    p = 1 / (len(followers[item[:0]]) + 1)
     for start in range(len(context), -1, -1):
         h = context[start:]
-        if h not in followers:
+        if h not in totals:
             break               # longer ones were not seen, or not counted, either
-        p = (grams[h + item] + kinds[h] * p) / (followers[h] + kinds[h])
+        kinds = len(followers[h])
+        p = (followers[h][item] + kinds * p) / (totals[h] + kinds)
     return p
 
 
@@ -178,7 +175,7 @@ def load_gpt2(source):
     os.environ['TIKTOKEN_CACHE_DIR'] = ''       # its copies go by the path, whatever is there now
     with from_hub("no encoder files of GPT-2, merges.txt and vocab.json", source):
         names = ('merges.txt', 'vocab.json')
-        if os.path.exists(os.path.join(source, 'vocab.bpe')):
+        if os.path.exists(f'{source}/vocab.bpe'):
             names = ('vocab.bpe', 'encoder.json')       # as OpenAI published them
         ranks = data_gym_to_mergeable_bpe_ranks(*(cached_file(source, name) for name in names))
     encoding = Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks,
@@ -196,19 +193,7 @@ def count_ids(rows):
     return dict(entropy=mean([*map(entropy, rows)]), distinct_4_judge=distinct(rows))
 
 
-@contextmanager
-def float32_products():
-    """Of a GPU, too: for what is sampled device.py may have allowed TF32, which is coarser."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 @torch.no_grad()
-@float32_products()
 def gen_ppl(texts, judge, device='cpu'):
     """
     Generative perplexity, the official JAX protocol [utils/metrics_utils.py] -> dict. Blank texts
@@ -224,6 +209,9 @@ def gen_ppl(texts, judge, device='cpu'):
     rows = judge_ids(texts, encode, limit)
     width = max(map(len, rows), default=0)
     nll, tokens = 0.0, 0
+    # for what is sampled device.py may have allowed TF32, which is coarser
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
     # a text at a time: its float32 logits take 0.2 GB; of the fill no token but the first counts
     for row in tqdm(rows, desc='judge', disable=None, leave=False):
         ids = torch.tensor(row + [eos] * (len(row) < width), device=device)         # (T,)
@@ -233,6 +221,7 @@ def gen_ppl(texts, judge, device='cpu'):
         scored = of_each[(~is_eos | (is_eos.cumsum(0) == 1))[1:]]
         nll += scored.sum().item()
         tokens += len(scored)
+    torch.set_float32_matmul_precision(precision)
     ppl = math.exp(nll / tokens) if tokens else math.nan
     return dict(gen_ppl=ppl, tokens=tokens) | count_ids(rows)
 
@@ -247,23 +236,21 @@ def find_targets(rows):
 
 def make_judges(judge, gpt2, train, device):
     """
-    eval.py's settings judge and gpt2 -> functions of texts and their ids that give metrics, dicts.
-    train: for judge 'ngram', rows of training text.
+    eval.py's settings judge and gpt2 -> one after the other functions of texts and their ids that
+    give metrics, dicts. train: for judge 'ngram', rows of training text.
     """
-    judges = []
     if judge == 'ngram':
         of_chars = train_ngram([row['generated'] for row in train], 5)
         of_tokens = train_ngram([tuple(row['ids']) for row in train], 3)
-        judges.append(lambda texts, ids: dict(
+        yield lambda texts, ids: dict(
             nats_per_char=ngram_nats(texts, of_chars),
-            nats_per_token=ngram_nats(map(tuple, ids), of_tokens)))
+            nats_per_token=ngram_nats(map(tuple, ids), of_tokens))
     elif judge != 'none':
         load_judge(judge, device)       # if it is missing, that shows now
-        judges.append(lambda texts, ids: gen_ppl(texts, judge, device=device))
+        yield lambda texts, ids: gen_ppl(texts, judge, device=device)
     if gpt2:
         encode = load_gpt2(gpt2)
-        judges.append(lambda texts, ids: count_ids(judge_ids(texts, encode)))
-    return judges
+        yield lambda texts, ids: count_ids(judge_ids(texts, encode))
 
 
 def measure(rows, limit, judges):
@@ -289,7 +276,6 @@ def measure(rows, limit, judges):
 COLUMNS = ('exact exact_stderr length first_wrong bleu rouge1 rouge2 rougeL '
            'nats_per_char nats_per_token gen_ppl entropy distinct_4_judge entropy_own distinct_4 '
            'repetition empty').split()
-SHORT = dict(exact_stderr='+-', nats_per_char='nats/char', nats_per_token='nats/token')
 
 
 def print_table(results):
@@ -303,8 +289,8 @@ def print_table(results):
         if 'stderr' in row:
             lines[name + ' +-'] = row['stderr']
     # object: whole numbers stay whole
-    table = DataFrame.from_dict(lines, orient='index', columns=COLUMNS, dtype=object)
-    table = table.dropna(axis='columns', how='all').rename(columns=SHORT)
+    table = DataFrame.from_dict(lines, 'index', object, COLUMNS)
+    table = table.dropna(axis='columns', how='all')
     print(f"\n{table.to_string(float_format='{:#.4g}'.format, na_rep='', line_width=100)}\n")
 
 
@@ -312,6 +298,5 @@ def over_runs(results):
     """Metrics of each run -> their means, and with several runs the standard errors of these."""
     if len(results) == 1:
         return results[0]
-    table = DataFrame(results)
-    stderr = table.sem(skipna=False).to_dict()
-    return table.mean(skipna=False).to_dict() | dict(stderr=stderr, by_seed=results)
+    means, stderr = DataFrame(results).agg(['mean', 'sem'], skipna=False).to_dict('records')
+    return means | dict(stderr=stderr, by_seed=results)

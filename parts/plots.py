@@ -1,6 +1,5 @@
 """The two pictures, the losses of a run and samplers side by side, and what is read for them."""
 import json
-import os
 
 import numpy as np
 from pandas import DataFrame
@@ -16,14 +15,12 @@ AXES = dict(
 
 def read_rows(file):
     """The objects of a JSONL file that runs add to; a kill can cut a line: left out, and said."""
-    rows = []
     with open(file, encoding='utf-8', errors='replace') as f:
         for line in filter(str.strip, f):
             try:
-                rows.append({} | json.loads(line))
+                yield {} | json.loads(line)
             except (ValueError, TypeError):
                 print(f"{file}: 1 line is no JSON object, left out: {line[:40]!r}")
-    return rows
 
 
 def plot_losses(out_dir):
@@ -32,18 +29,17 @@ def plot_losses(out_dir):
     checkpoint: the last line of an iteration counts.
     """
     from matplotlib.figure import Figure
-    rows = DataFrame(read_rows(os.path.join(out_dir, 'metrics.jsonl')),
+    rows = DataFrame(read_rows(f'{out_dir}/metrics.jsonl'),
                      columns=['iter', 'l2', 'val_l2', 'ce', 'val_ce'], dtype=float)
     curves = rows.groupby('iter').last()        # of each column the last that is a number
-    titles = dict(l2='denoise: l2 of the velocity', ce='decode: cross-entropy, nats per token')
     fig = Figure(figsize=(10, 4), layout='constrained')
-    for axis, (part, title) in zip(fig.subplots(1, 2), titles.items()):
-        axis.plot(curves[part].dropna(), label='train')
-        axis.plot(curves['val_' + part].dropna(), 'o-', markersize=3, label='validation')
-        axis.set(title=title, xlabel='iteration', yscale='log')
-        axis.grid(alpha=0.3)
+    for axis, part in zip(fig.subplots(1, 2), ('l2', 'ce')):
+        axis.plot(curves[part].dropna(), label=part)
+        axis.plot(curves['val_' + part].dropna(), 'o-', label='val_' + part)
+        axis.set(xlabel='iteration', yscale='log')
+        axis.grid()
         axis.legend()
-    fig.savefig(os.path.join(out_dir, 'loss.png'), dpi=120)
+    fig.savefig(f'{out_dir}/loss.png')
 
 
 def at_equal_entropy(rows, real):
@@ -71,18 +67,17 @@ def label(row, names):
 def plot_sweep(file, rows, real, names):
     """
     Rows of a sweep -> a picture: quality over diversity, real text (its row, or None) as a star.
+    A sampler buys a judge's praise with entropy: compare where the lines cross that of real text.
     names: the settings in which rows differ; the last is written beside the points, a line for each
     value of the others. What has no number, such as the nats of blank texts, is left out.
     """
     from matplotlib.figure import Figure
     y, x = [key for key in AXES if key in rows[0]][:2]
     *others, last = names or ['steps']
-    points = DataFrame(rows)
-    points['line'] = [label(row, others) for row in rows]
-    points = points.dropna(subset=[x, y])
+    points = DataFrame(rows, [label(row, others) for row in rows]).dropna(subset=[x, y])
     fig = Figure(figsize=(8, 5), layout='constrained')
     axis = fig.subplots()
-    for name, line in points.groupby('line', sort=False):
+    for name, line in points.groupby(level=0, sort=False):
         axis.plot(line[x], line[y], 'o-', label=name)
     for text, *at in zip(points[last], points[x], points[y]):
         axis.annotate(text, at, (4, 4), textcoords='offset points')
@@ -90,6 +85,6 @@ def plot_sweep(file, rows, real, names):
         axis.axvline(real[x], color='gold')
         axis.plot(real[x], real[y], '*', markersize=16, color='gold', label='real text')
     axis.set(xlabel=AXES[x], ylabel=AXES[y], title=f"beside the points: {last}")
-    axis.grid(alpha=0.3)
+    axis.grid()
     fig.legend(loc='outside right upper')
-    fig.savefig(file, dpi=120)
+    fig.savefig(file)

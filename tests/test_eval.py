@@ -222,7 +222,7 @@ def test_scores_a_file(evaluate, bins, judge, tmp_path):
     ('{"generated": "a"}\n{"gener', 'line 2'),
     ('{"generated": 3}\n', 'line 1'),
     ('[]', 'line 1'),
-    ('\n', 'no texts'),
+    ('\n', 'no lines'),
     ('{"text": "a", "target": "b"}\n{"text": "a"}', "not each text has a 'target'"),
     ('{"text": "a", "target": 3}', "not each text has a 'target'"),
     ('{"text": "a"}\n"\xff"', 'line 2'),
