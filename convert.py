@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pandas import json_normalize
 from safetensors.torch import save_file
 
 from model import ELF, MODELS, ELFConfig
@@ -31,14 +32,6 @@ from parts.official import OFFICIAL_SETTINGS, from_official_names, to_official_n
 # -------------------------------------------------------------------------------------------------
 # in: JAX
 
-def flatten(tree, prefix=''):
-    """Nested dicts -> {names joined by dots: what is no dict}."""
-    flat = {}
-    for name, x in tree.items():
-        flat |= flatten(x, f'{prefix}{name}.') if isinstance(x, dict) else {f'{prefix}{name}': x}
-    return flat
-
-
 def read_msgpack(path):
     """A file of flax's -> {params.blocks_0.attn.qkv.kernel: array, ..., step: number}."""
     import ml_dtypes  # noqa: F401, numpy has bfloat16 from it
@@ -48,7 +41,8 @@ def read_msgpack(path):
         shape, dtype, data = msgpack.unpackb(data)
         return np.frombuffer(data, dtype).reshape(shape)
     data = Path(path).read_bytes()
-    return flatten(msgpack.unpackb(data, ext_hook=unpack_array, strict_map_key=False))
+    tree = msgpack.unpackb(data, ext_hook=unpack_array, strict_map_key=False)
+    return json_normalize(tree).iloc[0].to_dict()       # nested names are joined by dots
 
 
 def read_orbax(folder):
