@@ -433,31 +433,32 @@ class TextEncoder(nn.Module):
         self.model.eval().requires_grad_(False)
         self.latent_mean, self.latent_std = latent_mean, latent_std
         # how far a token sees in some layers, which may have configs of their own
-        configs = [part.config for part in self.model.modules() if hasattr(part, 'config')]
-        windows = [getattr(config, 'sliding_window', None) for config in configs]
+        windows = [getattr(part.config, 'sliding_window', None)
+                   for part in self.model.modules() if hasattr(part, 'config')]
         self.window = min(filter(None, windows), default=math.inf)
-        self.causal = self.is_causal(name)
+        self.try_masks(name)
 
-    def is_causal(self, name):
+    def try_masks(self, name):
         """
-        Whether tokens see only those before them, found by trying: under its mask a row without a
-        condition must give what the model gives without a mask, a condition what it gives alone.
+        Find latent_dim, and causal: whether tokens see only those before them. Under its mask a row
+        without a condition must give what the model gives without one, a condition what it gives
+        alone. UserError.
         """
         ids = torch.arange(3, 19).view(2, 8) % self.model.get_input_embeddings().num_embeddings
         whole, alone = self(ids[:1]), self(ids[1:, :4])
         self.latent_dim = whole.shape[-1]
-        condition, errors = torch.tensor([[0] * 8, [1] * 4 + [0] * 4]), {}
+        condition = torch.tensor([[0] * 8, [1] * 4 + [0] * 4])
+        errors = torch.full((2,), torch.inf)
         for self.causal in (False, True):
             with suppress(Exception):       # each model that takes no such mask raises its own kind
                 free, apart = self(ids, torch.ones(2, 8), condition)
                 error = (free - whole).abs().mean() + (apart[:4] - alone).abs().mean()
-                errors[self.causal] = error.item()
+                errors[int(self.causal)] = error.nan_to_num(torch.inf)
         # the better one: where weights are small, even the wrong one is nearly right
-        best = min(errors, key=errors.get, default=None)
-        if best is not None and errors[best] < 1e-4 * whole.abs().mean():
-            return best
-        raise UserError(f"{name} is no encoder for ELF: its attention does not take a mask of who "
-                        "sees whom, which keeps conditions apart; take one like T5 or BERT")
+        self.causal = bool(errors.argmin())
+        if errors.min() > 1e-4 * whole.abs().mean():
+            raise UserError(f"{name} is no encoder for ELF: its attention does not take a mask of "
+                            "who sees whom, which keeps conditions apart; take one like T5 or BERT")
 
     def train(self, mode=True):
         return self     # dropout stays off, whatever the module around it does
