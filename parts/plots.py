@@ -28,12 +28,14 @@ def plot_losses(out_dir):
     metrics.jsonl -> loss.png. A run that was resumed has written again what came after its
     checkpoint: the last line of an iteration counts.
     """
+    from matplotlib.figure import Figure        # not by pyplot, which may want a display
     sides = [('l2', 'val_l2'), ('ce', 'val_ce')]
     rows = DataFrame(read_rows(f'{out_dir}/metrics.jsonl'),
                      columns=['iter', *sides[0], *sides[1]], dtype=float)
     points = rows.groupby('iter').last()        # of each column the last that is a number
-    axes = points.plot(subplots=sides, layout=(1, 2), figsize=(10, 4), style='.', logy=True)
-    axes[0, 0].figure.savefig(f'{out_dir}/loss.png')
+    fig = Figure(figsize=(10, 4), layout='constrained')
+    points.plot(ax=fig.subplots(1, 2), subplots=sides, style='.', logy=True)
+    fig.savefig(f'{out_dir}/loss.png')
 
 
 def at_equal_entropy(rows, real):
