@@ -42,7 +42,8 @@ def draw_student(substeps, config, B, T, generator, device):
     draws = draw(config, B, T, generator, device)
     normal = torch.randn(B, substeps - 1, generator=generator).sort(dim=1).values
     inner = torch.sigmoid(config.t_mean + config.t_std * normal)
-    stops = torch.cat((torch.zeros(B, 1), inner, torch.ones(B, 1)), dim=1)
+    first, last = torch.zeros(B, 1), torch.ones(B, 1)
+    stops = torch.cat((first, inner, last), dim=1)
     draws.stops = to_device(stops, device)
     return draws
 
@@ -84,19 +85,22 @@ def distill_loss(teacher, steps, net, x0, tokens, loss_mask, cond_mask, draws):
     """
     times = (1 - 1 / steps) * draws.t[:, None] + draws.stops / steps                # (B, k+1)
     c = getattr(net, 'module', net).config
-    r = noise_rows(c, x0, tokens, loss_mask, cond_mask, replace(draws, t=times[:, 0]))
+    draws = replace(draws, t=times[:, 0])
+    r = noise_rows(c, x0, tokens, loss_mask, cond_mask, draws)
     n = r.n
     first_guess(teacher, r)         # the teacher's; both are fed it
     target = pd_target(
         teacher, r.z[:n], times[r.order[:n]], r.w[:n], r.x_prev[:n],
-        cond=r.x0[:n], cond_mask=r.held[:n, :, 0])
+        cond=r.x0[:n],
+        cond_mask=r.held[:n, :, 0])
     x_hat, logits = net(r.z, r.x_prev, r.t, r.w, n_decode=len(r.z) - n)
 
     # the mean over a row's positions, then over rows
     l2 = (x_hat - target).square().mean(dim=-1)                                     # (n, T)
     ce = cross_entropy(logits, r.tokens[n:])                                        # (B-n, T)
     losses = torch.cat((l2, ce)) * r.mask                                           # (B, T)
-    rows = losses.sum(dim=1) / r.mask.sum(dim=1).clamp(min=1)                       # (B,)
+    count = r.mask.sum(dim=1).clamp(min=1)                                          # (B,)
+    rows = losses.sum(dim=1) / count
     parts = {}
     if len(l2):
         parts['l2'] = rows[:n].detach().mean()
