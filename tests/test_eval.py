@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from test_metrics import (OUTPUTS, SHARED, judge, link_gpt2, mean_entropy,  # noqa: F401, a fixture
                           needs_shared)
 from transformers import AutoTokenizer
@@ -130,10 +130,12 @@ def test_curves_take_the_last_line_of_an_iteration(tmp_path, capsys, monkeypatch
              '[]']
     file = tmp_path / 'metrics.jsonl'
     file.write_bytes('\n'.join(lines).encode() + b'\n\x00\xff\n')
-    drawn, real = [], Axes.plot
-    monkeypatch.setattr(Axes, 'plot', lambda self, points, *args, **more: (
-        drawn.append(dict(points)), real(self, points, *args, **more)))
+    pictures, real = [], Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda self, file: (
+        pictures.append(self), real(self, file)))
     plot_losses(str(tmp_path))
+    lines = [line for axis in pictures[0].axes for line in axis.lines]
+    drawn = [{x: y for x, y in zip(*line.get_data()) if y > 0} for line in lines]
     assert drawn == [{1: 5.0, 2: 4.5, 3: 3.0}, {2: 9.0}, {3: 2.0}, {}]  # l2, ce; train, validation
     assert capsys.readouterr().out.count('no JSON') == 3
     assert (tmp_path / 'loss.png').stat().st_size > 5000
