@@ -365,7 +365,9 @@ def read_split(files, names, split):
 
 def plain(text):
     """A text without markers between texts, and, if asked for, with letters only."""
-    text = text.replace(END_OF_TEXT, '\n')
+    if END_OF_TEXT in text:
+        say_once(f"{END_OF_TEXT} counts as a line's end; --pack=texts makes rows of the texts")
+        text = text.replace(END_OF_TEXT, '\n')
     if letters_only:
         text = text.lower()
         if len(re.findall(r'[^\W\d_a-z]', text)) > len(text) / 100:
@@ -492,6 +494,7 @@ def write_references(folder, files, names, tok):
     if row.keys() >= set(texts):
         pairs = read_split(files, texts, 'val')
     else:
+        print("val.jsonl: the set has no texts, so what its tokenizer makes of the ids")
         pairs = (tok.batch_decode(pair, skip_special_tokens=True)
                  for pair in read_split(files, names, 'val'))
     write_jsonl(f'{folder}/val.jsonl', (dict(input=a, target=b) for a, b in pairs))

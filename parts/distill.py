@@ -42,8 +42,7 @@ def draw_student(substeps, config, B, T, generator, device):
     draws = draw(config, B, T, generator, device)
     normal = torch.randn(B, substeps - 1, generator=generator).sort(dim=1).values
     inner = torch.sigmoid(config.t_mean + config.t_std * normal)
-    first, last = torch.zeros(B, 1), torch.ones(B, 1)
-    stops = torch.cat((first, inner, last), dim=1)
+    stops = torch.cat((torch.zeros(B, 1), inner, torch.ones(B, 1)), dim=1)
     draws.stops = to_device(stops, device)
     return draws
 
@@ -60,18 +59,18 @@ def pd_target(teacher, z, times, w, x_prev, cond=None, cond_mask=None):
         cond = torch.zeros_like(z)
         cond_mask = torch.zeros_like(z[..., 0])
     keep = cond_mask.bool()[..., None]                                              # (B, T, 1)
-    *stops, last = times[..., None, None].unbind(dim=1)                             # (B, 1, 1) each
+    stops = times[..., None, None].unbind(dim=1)                                    # (B, 1, 1) each
     z_end = z
-    for t, t_next in pairwise([*stops, last]):
+    for t, t_next in pairwise(stops):
         x = teacher.denoise(z_end, x_prev, t.flatten(), w)
         v = velocity(x, z_end, t, teacher.config.t_eps)
         z_end = torch.where(keep, cond, z_end + (t_next - t) * v)
         x_prev = torch.where(keep, cond, x)
-    if len(stops) == 1:
+    if len(stops) == 2:
         return x
 
     # x at the start whose velocity there, held until the last stop, leads to z_end
-    length = last - stops[0]
+    length = stops[-1] - stops[0]
     target = z + (1 - stops[0]) / length.clamp(min=1e-6) * (z_end - z)
     return torch.where(length < 1e-3, x, target)
 

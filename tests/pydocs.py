@@ -42,7 +42,7 @@ def paragraphs():
     return found
 
 
-def main(file):
+def main(file='pydocs.txt'):
     with open(file, 'w', encoding='utf-8', newline='\n') as f:
         f.write('\n\n'.join(paragraphs()) + '\n')
 

@@ -846,6 +846,7 @@ def test_markers_between_texts_are_no_text(make, tmp_path, tok):
     file = write(tmp_path / 'a.txt', f'{TRAIN}\n<|endoftext|>\n{VAL}<|endoftext|>{TRAIN}\n' * 200)
     meta = make(file, *tok)
     assert words_of(meta, 'train') == set(f'{TRAIN} {VAL}'.split())
+    assert make.out.count('<|endoftext|> counts as') == 1
 
 
 def test_a_little_text_in_one_line(make, tmp_path):
@@ -872,6 +873,7 @@ def test_ids_with_conditions_and_no_texts_get_references(make, tmp_path, tok):
     code = AutoTokenizer.from_pretrained(meta['tokenizer'])
     want = [[code.decode(part[:-1]) for part in row] for row in rows_of(meta, 'val')]
     assert [[row['input'], row['target']] for row in references(meta)] == want and want
+    assert 'the set has no texts' in make.out
 
 # ---- numbers ----
 
