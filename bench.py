@@ -129,7 +129,7 @@ if __name__ == '__main__':
         print(report['profile'])
     model.eval()
     if bf16:
-        cast_blocks(model)
+        cast_blocks(model, compiled)
     report['sample'] = bench_sample(model, ctx)
     print(f"sample {sample_batch_size} x {sample_length}: {report['sample']}")
     if device.type == 'cuda':

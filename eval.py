@@ -36,16 +36,17 @@ from operator import itemgetter
 import numpy as np
 import torch
 import torch.distributed as dist
+from pandas import DataFrame
 from tqdm import tqdm
 
 from model import TextEncoder, compute_loss, draw, encode_rows
 from parts.checkpoint import find_checkpoint, make_out_dir
 from parts.data import (add_lines, batched, check_vocabulary, cut_at_eos, get_rows, load_tokenizer,
                         open_bins, open_split, printable, read_inputs, read_row, to_json)
-from parts.device import autocast, compile_in_place, gather, print0, rank_and_world, start
+from parts.device import autocast, gather, print0, rank_and_world, start
 # five of these for those who look for them here
 from parts.metrics import (bleu, entropy, exact_match, find_targets, gen_ppl,  # noqa: F401
-                           make_judges, mean, measure, over_runs, print_table, rouge)
+                           make_judges, measure, over_runs, print_table, rouge)
 from parts.plots import at_equal_entropy, label, plot_losses, plot_sweep, read_rows  # noqa: F401
 from sample import (AT_LEAST_1, CHOICES, load_model, resolve_sampling,  # noqa: F401, for configure
                     sample_texts)
@@ -101,8 +102,7 @@ def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, objective=
     the bins come for free and l2, their mean, is the training loss with less variance.
     objective, draw_step: of a student, whose l2 is its own.
     """
-    c, (rank, world) = net.config, rank_and_world()
-    mine = []                   # (number of a batch, {'l2': number, 'ce': number})
+    c, (rank, world), mine = net.config, rank_and_world(), []
     for k in range(rank, math.ceil(eval_iters / T_BINS) * T_BINS, world):
         generator = torch.Generator().manual_seed(k)
         draws = draw_step(c, batch_size, c.max_length, generator, device)
@@ -112,15 +112,20 @@ def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, objective=
         rows = (k * batch_size + np.arange(batch_size)) % meta['rows']['val']
         batch = encode_rows(encoder, get_rows(meta, 'val', rows, c), draws, c, device)
         _, parts = objective(net, *batch, draws)
-        mine.append((k, {name: x.item() for name, x in parts.items()}))
+        mine.append(dict(batch=k, **{name: x.item() for name, x in parts.items()}))
     # in the order of the batches, whoever computed them: a sum's last bits depend on it
-    parts = [part for _, part in sorted(sum(gather(mine), []))]
-    bins = [mean([part['l2'] for part in parts[i::T_BINS] if 'l2' in part]) for i in range(T_BINS)]
-    l2 = mean([x for x in bins if not math.isnan(x)])
-    ce = mean([part['ce'] for part in parts if 'ce' in part])
-    p = c.decoder_prob          # a branch that is off has no mean
+    table = DataFrame(sum(gather(mine), []), columns=['batch', 'l2', 'ce']).sort_values('batch')
+    bins = table.groupby(table.batch % T_BINS).l2.mean()
+    l2, ce, p = bins.mean(), table.ce.mean(), c.decoder_prob
+    # a branch that is off has no mean
     loss = sum(share * x for share, x in ((1 - p, l2), (p, ce)) if share)
-    return dict(loss=loss, l2=l2, ce=ce, l2_bins=bins)
+    return dict(loss=loss, l2=l2, ce=ce, l2_bins=bins.to_list())
+
+
+def mean_over_ranks(losses):
+    """Each rank's list of {name: scalar on the device} -> {name: mean of all}; it waits."""
+    mine = [{name: x.item() for name, x in parts.items()} for parts in losses]
+    return DataFrame(sum(gather(mine), [])).mean().to_dict()
 
 
 def describe_val(val):
@@ -218,7 +223,7 @@ def combinations(text, settings):
 def open_model(init_from, meta, conditions, config, device, bf16):
     """-> model, its text encoder if it may be needed. UserError if it does not fit the data."""
     source = init_from or config['out_dir']
-    model = load_model(init_from, config['out_dir'], device, bf16)
+    model = load_model(init_from, config['out_dir'], device, bf16, config['compile'])
     c, encoder = model.config, None
     if meta:
         check_vocabulary(meta, c, source)
@@ -227,8 +232,6 @@ def open_model(init_from, meta, conditions, config, device, bf16):
                         "conditions; --dataset or --input_file must fit it")
     if meta or conditions:
         encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
-    if config['compile']:
-        compile_in_place(model, device=device)
     return model, encoder
 
 

@@ -192,14 +192,18 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, 
             yield row | dict(generated=text, ids=ids)
 
 
-def load_model(init_from, out_dir, device, bf16):
-    """The model of init_from, or of out_dir, which is never looked for on the hub. UserError."""
+def load_model(init_from, out_dir, device, bf16, compile):
+    """
+    The model of init_from, or of out_dir, which is never looked for on the hub, ready to sample.
+    UserError.
+    """
     if not init_from and not os.path.isdir(out_dir):
         raise UserError(f"no model in {out_dir}: train one, name its folder with --out_dir, "
                         "or a published one with --init_from=org/repo")
     model = ELF.from_pretrained(init_from or out_dir).to(device)
+    compiled = compile and compile_in_place(model, device=device)
     if bf16:
-        cast_blocks(model)
+        cast_blocks(model, compiled)
     return model
 
 
@@ -229,7 +233,7 @@ if __name__ == '__main__':
                         "eval.py shares its texts among the ranks of a torchrun")
     device, bf16, about = start(device, dtype)
     source = init_from or out_dir
-    model = load_model(init_from, out_dir, device, bf16)
+    model = load_model(init_from, out_dir, device, bf16, compile)
     c = model.config
     tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
     sampling = resolve_sampling(c, steps, sampler, gamma, w, cfg, grid)
@@ -243,8 +247,6 @@ if __name__ == '__main__':
         make_out_dir(os.path.dirname(html) or '.')
     facts = dict(model=source, device=about, seed=seed, length=c.max_length) | sampling
     print(', '.join(f'{name}: {value}' for name, value in facts.items()))
-    if compile:
-        compile_in_place(model, device=device)
 
     # ---- sample ----------------------------------------------------------------------------------
     rows, frames = [], []

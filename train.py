@@ -13,7 +13,6 @@ import shlex
 import signal
 import sys
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from functools import partial
@@ -22,12 +21,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from eval import describe_val, estimate_loss, plot_losses, write_few
+from eval import describe_val, estimate_loss, mean_over_ranks, plot_losses, write_few
 from model import ELF, SIZES, ELFConfig, TextEncoder, compute_loss, draw, encode_rows
 from parts import checkpoint as on_disk
 from parts.data import check_bins, check_vocabulary, get_rows, open_bins, row_seed, rows_at
-from parts.device import (DTYPES, autocast, compile_in_place, gather, mean_over_ranks, note_signals,
-                          print0, rank_and_world, should_stop, start)
+from parts.device import (DTYPES, autocast, compile_in_place, gather, note_signals, print0,
+                          rank_and_world, should_stop, start)
 from parts.distill import distill_loss, draw_student, load_teacher
 from parts.muon import make_optimizer
 from sample import GRIDS, SAMPLERS
@@ -171,9 +170,6 @@ if __name__ == '__main__':
                    noise_scale=noise_scale or 2 * width,
                    decoder_noise_scale=decoder_noise_scale or 5 * width,
                    ranks=world, device=device.type, bf16=bf16, bins=on_disk.fingerprint(meta))
-    if any(bins != config['bins'] for bins in gather(config['bins'])):
-        raise UserError(f"the ranks see different bins in {meta['dir']}: prepare them once and "
-                        "copy the folder to each node, or share it")
 
     # ---- where to start: the first rank decides, all must find the same -------------------------
     if master:
@@ -190,6 +186,10 @@ if __name__ == '__main__':
         check_vocabulary(meta, model.config, init_from)
         ckpt = dict(model_args=asdict(model.config), model=model.state_dict())
     iter_num = ckpt.get('iter_num', 0)
+    seen = gather((config['bins'], iter_num))
+    if any(x != seen[0] for x in seen):
+        raise UserError(f"the ranks see different bins or checkpoints: {meta['dir']} and {out_dir} "
+                        "must be folders that they share, the bins perhaps copies of one")
 
     # ---- model, average, optimizer --------------------------------------------------------------
     torch.manual_seed(seed)
@@ -235,7 +235,7 @@ if __name__ == '__main__':
            f"warm-up, peak lr {learning_rate:.2e}")
     begin = f'resumed {resumed} at iteration {iter_num}' if resumed else init_from
     print0(f"start: {begin}", *notes, sep='\n  ')
-    lock, log, model_args = on_disk.begin_run(out_dir, resumed, config, c)
+    held, log, model_args = on_disk.begin_run(out_dir, resumed, config, c)
 
     def next_batch(iter_num, micro_step):
         """Rows and draws, by a micro-batch's number alone: the same resumed, or on more ranks."""
@@ -278,7 +278,7 @@ if __name__ == '__main__':
             group['lr'] = lr
 
         # forward and backward, micro-batch by micro-batch
-        losses = defaultdict(list)
+        losses = []
         for micro_step in range(micro_steps):
             if world > 1:       # before the forward pass, or it reduces in each micro-step
                 net.require_backward_grad_sync = micro_step == micro_steps - 1
@@ -288,8 +288,7 @@ if __name__ == '__main__':
                 loss, parts = objective(net, x0, ids, loss_mask, cond, draws)
             batch = loader.submit(next_batch, iter_num, micro_step + 1)     # meanwhile
             (loss / micro_steps).backward()
-            for name, value in dict(loss=loss.detach(), **parts).items():
-                losses[name].append(value)
+            losses.append(dict(loss=loss.detach(), **parts))
 
         # the update; .item() waits for the GPU: what is not finite must touch nothing
         grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
@@ -347,9 +346,8 @@ if __name__ == '__main__':
                f"next: python sample.py --out_dir={shlex.quote(out_dir)}{given} --trace=8")
     if master:
         plot_losses(out_dir)
+        held.release()
     if world > 1:
         dist.destroy_process_group()
-    if lock:
-        lock.close()
     if hasattr(signal, stopped):
         sys.exit(128 + getattr(signal, stopped))        # as shells have it

@@ -15,13 +15,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from parts import device
 from parts.data import sha256, to_json
 from parts.official import from_official_names, read_config_yml, read_sizes
-from parts.process import UserError, from_hub, one_line
+from parts.process import UserError, from_hub, one_line, rank_and_world
 
 # -------------------------------------------------------------------------------------------------
 # ours: whole or not at all
@@ -36,18 +36,17 @@ def make_out_dir(out_dir):
 
 
 def lock(out_dir):
-    """Let one run at a time write out_dir -> open file; the system unlocks it when the run ends."""
+    """Let one run at a time write out_dir -> its lock, which ends with the process. UserError."""
     make_out_dir(out_dir)
-    f = open(f'{out_dir}/lock', 'a')
+    held = FileLock(f'{out_dir}/lock', fallback_to_soft=False)
     try:
-        import fcntl
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        held.acquire(timeout=0)
+    except Timeout:
         raise UserError(f"another run is writing {out_dir}; "
                         "stop it or choose another --out_dir") from None
-    except (ImportError, OSError):      # Windows; Lustre and NFS may come without
+    except OSError:         # Lustre and NFS may come without
         print(f"no file locks here: take care that only one run writes {out_dir}")
-    return f
+    return held
 
 
 @contextmanager
@@ -155,9 +154,6 @@ def check_resume(path, ckpt, config):
     UserError if a run would go on with other mathematics or on other data than its checkpoint's
     -> list of what else is not as it was, in words. config: settings, what runs them, the bins.
     """
-    if len(set(device.gather(ckpt['iter_num']))) > 1:
-        raise UserError("the ranks see different checkpoints; --out_dir must be one folder that "
-                        "all of them share")
     # older versions kept the bins elsewhere
     was, now = [x | x.get('bins', {}) for x in (ckpt['config'], config)]
     for x in (was, now):
@@ -179,14 +175,10 @@ def begin_run(out_dir, resumed, config, c):
     tokenizer and encoder -> the lock; log(iter=.., **numbers), a line of metrics.jsonl and perhaps
     of Weights & Biases; the model's settings for its checkpoints. Only the first rank writes.
     """
-    if device.rank_and_world()[0]:
+    if rank_and_world()[0]:
         return None, lambda **numbers: None, None
     if config['wandb_log']:
-        try:
-            from wandb import init      # not the folder that its runs leave behind
-        except ImportError:
-            raise UserError("wandb_log=True, but wandb is not installed; pip install wandb, "
-                            "or drop it") from None
+        from wandb import init      # not the folder that its runs leave behind
         run = init(project=config['wandb_project'], name=out_dir, config=config)
     locked = lock(out_dir)
     if not resumed:

@@ -2,8 +2,8 @@
 import os
 import signal
 import time
-from collections import defaultdict
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -72,15 +72,23 @@ def compile_in_place(*modules, device):
     return True
 
 
-def cast_blocks(model):
+def cast_blocks(model, compiled):
     """
     For sampling alone: the matrices of an ELF's blocks in bfloat16 for good. Autocast, which stays
     on for all else, would cast them anew in each pass; both ends of the network stay in float32.
+    On a CPU, unless compiled, they are also laid out for good as oneDNN reads them: a tenth faster.
     """
     model.requires_grad_(False)
     for module in model.blocks.modules():
         if isinstance(module, torch.nn.Linear):
             module.bfloat16()
+            if module.weight.is_cpu and torch.cpu._is_avx512_bf16_supported() and not compiled:
+                packed = torch.ops.mkldnn._reorder_linear_weight(module.weight, None)
+                module.forward = partial(packed_linear, packed, module.bias)
+
+
+def packed_linear(weight, bias, x):
+    return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), weight, bias, 'none', [], '')
 
 # -------------------------------------------------------------------------------------------------
 # ranks: the processes of a torchrun, one a GPU
@@ -126,15 +134,6 @@ def gather(x):
     dist.all_gather_object(everyone, x)
     return everyone
 
-
-def mean_over_ranks(losses):
-    """{name: scalars on the device} of each rank -> {name: mean over all of them}; it waits."""
-    mine = {name: torch.stack(values).tolist() for name, values in losses.items()}
-    everyone = defaultdict(list)
-    for share in gather(mine):
-        for name, values in share.items():
-            everyone[name] += values
-    return {name: sum(values) / len(values) for name, values in everyone.items()}
 
 # -------------------------------------------------------------------------------------------------
 # signals: those that ask a run to stop

@@ -178,14 +178,14 @@ def test_lock(tmp_path, monkeypatch, capsys):
     with lock(str(tmp_path)):
         with pytest.raises(UserError, match='another run'):
             lock(str(tmp_path))
-    lock(str(tmp_path)).close()
+    lock(str(tmp_path)).release()
     assert not capsys.readouterr().out
     for code in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):        # Lustre, NFS
 
         def no_locks(*args, code=code):
             raise OSError(code, os.strerror(code))
         monkeypatch.setattr(fcntl, 'flock', no_locks)
-        lock(str(tmp_path)).close()
+        lock(str(tmp_path))
         assert 'no file locks here' in capsys.readouterr().out
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot be written'):

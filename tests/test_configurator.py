@@ -14,7 +14,7 @@ from huggingface_hub import errors
 from huggingface_hub.utils import httpx
 
 from configurator import UserError, configure
-from parts.process import from_hub, one_line
+from parts.process import from_hub, one_line, one_line_errors
 
 SCRIPT = '''"""A script with settings."""
 import math
@@ -297,6 +297,11 @@ def test_one_line():
     assert one_line(KeyError('a\nb')) == r"KeyError 'a\nb'"
     assert one_line(ValueError('a\nb')) == 'ValueError a b'
     assert len(one_line(ValueError('x' * 999))) == 400
+
+
+def test_a_package_that_is_missing_is_no_traceback(capsys):
+    one_line_errors(ModuleNotFoundError, ModuleNotFoundError("No module named 'wandb'"), None)
+    assert capsys.readouterr().err == "error: No module named 'wandb'\n"
 
 
 @pytest.mark.parametrize('source, error, says', [

@@ -22,7 +22,6 @@ from transformers import AutoTokenizer
 import eval as eval_py
 import sample
 from configurator import UserError
-from parts import device
 from parts.data import open_bins
 from eval import estimate_loss, plot_losses, read_samples, write_few
 from model import ELF, ELFConfig, TextEncoder, compute_loss, draw
@@ -380,7 +379,7 @@ def test_compiled_one_graph_serves_all_steps(evaluate, trained, monkeypatch, sam
     args = [*trained, '--eval_iters=0', '--num_samples=4', f'--sampler={sampler}']
     plain = evaluate(*args)
     torch._dynamo.reset()
-    monkeypatch.setattr(device, 'compile_in_place', compile_in_place)
+    monkeypatch.setattr(sample, 'compile_in_place', compile_in_place)
     compiled = evaluate(*args, '--compile=true')
     assert compiled['steps'] == 4 and len(graphs) == 2, 'one for the steps, one for the tokens'
     assert compiled['nats_per_char'] == pytest.approx(plain['nats_per_char'])

@@ -208,10 +208,9 @@ if __name__ == '__main__':
         ns_dtype, _, dtype = name.partition('/')
         bf16 = pick_device(device.type, dtype)[1]
         own, ctx = copy.deepcopy(model), autocast(device, bf16)
+        compiled = compile and compile_in_place(own, device=device)
         if what == 'sample' and bf16:
-            cast_blocks(own)
-        if compile:
-            compile_in_place(own, device=device)
+            cast_blocks(own, compiled)
         if what == 'sample':
             variants[name] = our_sampling(own, c, z, times, ctx)
         else:
