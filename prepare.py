@@ -32,7 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from model import ELFConfig, TextEncoder
-from parts.data import (FILES, batched, finish_swap, get_rows, load_tokenizer, open_bins,
+from parts.data import (FILES, batched, encode, finish_swap, get_rows, load_tokenizer, open_bins,
                         open_split, read_jsonl, read_lines, sha256, swap_in, write_jsonl,
                         write_split)
 from parts.process import from_hub
@@ -408,20 +408,9 @@ def check_pair(text_encoder, tok):
                         "others than its own; leave out --tokenizer")
 
 
-def encode(texts, tok):
-    """
-    Texts -> (text, its encoding: .ids, .offsets) one after the other, made on all cores. '</s>'
-    spelled out in a text is no EOS, but text.
-    """
-    for batch in batched(texts, 1000):
-        codes = tok(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        yield from zip(batch, codes.encodings)
-
-
 def split_words(texts, tok):
     """Texts -> (ids, is white space) of one word after the other."""
-    for text, code in encode(texts, tok):
-        ids, spans = code.ids, code.offsets
+    for text, ids, spans in encode(texts, tok):
         # a word starts where there is white space before or at a token
         around = ' ' + text
         starts = [i for i, (start, _) in enumerate(spans)
@@ -433,8 +422,8 @@ def split_words(texts, tok):
 def split_paragraphs(texts, tok):
     """Texts end to end -> (ids, is white space: no) of one paragraph, with its newline, a time."""
     for batch in batched(texts, 256):
-        for _, code in encode(re.findall(r'.*\n|.+', ''.join(batch)), tok):
-            yield code.ids, False
+        for _, ids, _ in encode(re.findall(r'.*\n|.+', ''.join(batch)), tok):
+            yield ids, False
 
 
 def pack_rows(pieces, max_length, eos):
@@ -463,8 +452,8 @@ def pack_rows(pieces, max_length, eos):
 def cut_rows(texts, tok, max_length):
     """One text a row, closed by EOS; what does not fit into max_length ids is cut off, aloud."""
     cut = 0
-    for _, code in encode(map(str.strip, texts), tok):
-        if ids := code.ids:
+    for _, ids, _ in encode(map(str.strip, texts), tok):
+        if ids:
             yield ids[:max_length - 1] + [tok.eos_token_id]
             cut += len(ids) >= max_length
     if cut:
@@ -477,7 +466,7 @@ def make_rows(items, names, tok, pack, max_length):
     if 'ids' in names[-1]:
         return (((), *item)[-2:] for item in items)
     if len(names) == 2:
-        sides = (code.ids + [eos] for _, code in encode(chain.from_iterable(items), tok))
+        sides = (ids + [eos] for _, ids, _ in encode(chain.from_iterable(items), tok))
         return zip(sides, sides)        # a condition, then its target
     if pack in ('texts', 'lines'):
         rows = cut_rows(items, tok, max_length)

@@ -14,7 +14,7 @@ import os
 import shutil
 from contextlib import suppress
 from functools import lru_cache
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +210,19 @@ def load_tokenizer(name, vocab_size=None):
         raise UserError(f"tokenizer {name!r} has {len(tokenizer)} ids, the model's vocabulary "
                         f"{vocab_size}; it is not the one that the model was trained with")
     return tokenizer
+
+
+def encode(texts, tokenizer):
+    """
+    Texts -> (text, its ids, where in it each stands) one after the other, made on all cores. '</s>'
+    spelled out in a text is no EOS, but text; nothing where a tokenizer, T5's, cannot spell it.
+    """
+    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    for batch in batched(texts, 1000):
+        codes = tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        for text, code in zip(batch, codes.encodings):
+            kept = [i not in ends for i in code.ids]
+            yield text, [*compress(code.ids, kept)], [*compress(code.offsets, kept)]
 
 
 def cut_at_eos(ids, eos):

@@ -5,16 +5,10 @@ import re
 
 import torch
 
-from parts.data import cut_at_eos, read_inputs
+from parts.data import cut_at_eos, encode, read_inputs
 from parts.process import UserError
 
 HOLE = -1       # stands for a token that the model is to write
-
-
-def encode(text, tokenizer):
-    """A text -> its ids, without those of '</s>' and '<pad>' if it spells them out."""
-    ids = tokenizer(text, add_special_tokens=False)['input_ids']
-    return [i for i in ids if i not in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
 
 
 def encode_given(text, tokenizer, c):
@@ -22,22 +16,22 @@ def encode_given(text, tokenizer, c):
     A condition -> its ids and an EOS, as far as the model reads. A prompt -> its ids, a HOLE for
     each of three or more underscores in a row.
     """
+    (_, ids, _), (_, joined, _) = encode([text, ' a'], tokenizer)
     if c.max_input_length:
-        return (encode(text, tokenizer) + [tokenizer.eos_token_id])[:c.max_input_length]
+        return (ids + [tokenizer.eos_token_id])[:c.max_input_length]
     # a space before what is open belongs to the token of the word that comes, in most tokenizers
-    joined = len(encode(' a', tokenizer)) == 1
+    if len(joined) == 1:
+        text = re.sub(r' +(?=___|\Z)', '', text)
     row = []
-    for part in re.split('(___+)', text):
-        if part.startswith('___'):
-            row += [HOLE] * len(part)
-        else:
-            row += encode(part.rstrip(' ') if joined else part, tokenizer)
+    for part, ids, _ in encode(re.split('(___+)', text), tokenizer):
+        row += [HOLE] * len(part) if part.startswith('___') else ids
     return row
 
 
 def unknown_in(text, tokenizer):
     """What of a text the tokenizer does not know, or takes for a special token -> spaced."""
-    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    coded = tokenizer(text, add_special_tokens=False, split_special_tokens=True,
+                      return_offsets_mapping=True)
     spans = zip(coded['input_ids'], coded['offset_mapping'])
     # a set: a sign may be several tokens
     unknown = {span for i, span in spans if i in tokenizer.all_special_ids}
@@ -71,7 +65,7 @@ def check_inputs(texts, tokenizer, c):
     if unknown:
         print(f"{len(unknown)} of {len(texts)} conditions have what the model was not trained on "
               f"and cannot read, such as {unknown[0]!r}")
-    longest = 1 + max(len(encode(text, tokenizer)) for text in texts)
+    longest = 1 + max(len(ids) for _, ids, _ in encode(texts, tokenizer))
     if longest > c.max_input_length:
         print(f"the longest condition has {longest} tokens with its EOS; the model reads "
               f"{c.max_input_length}, as in training")

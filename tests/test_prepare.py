@@ -268,6 +268,18 @@ def test_end_tokens_spelled_out_in_the_text_are_text(level):
 
 
 @needs_shared
+@pytest.mark.parametrize('pack', ['words', 'paragraphs', 'texts'])
+def test_what_t5_takes_for_an_end_is_left_out(make, tmp_path, pack):
+    """Its vocabulary has '</s>' as a word: a strike-through of HTML would end the text there."""
+    file = write(tmp_path / 'x.txt', 'an old</s> price of <pad>all\n<|endoftext|>' * 200)
+    meta = make(file, f'--pack={pack}', '--letters_only=false', '--max_length=64',
+                f'--tokenizer={T5}')
+    ids, index = open_split(meta, 'train')
+    assert (ids == meta['eos_id']).sum() == len(index) and not (ids == meta['pad_id']).any()
+    assert 'an old price of all' in texts_of(meta, 'train')[0]
+
+
+@needs_shared
 def test_stories_one_a_row(make, tmp_path, tok):
     """<|endoftext|> between them; each is whole, or the start of one."""
     with open(STORIES, encoding='utf-8') as f:

@@ -182,6 +182,8 @@ def test_t5():
     # what T5 has no token for, or one with a meaning; its spaces, dashes and quotes are known
     assert unknown_in('Ein “Satz” – mit\nÜ, ć und {x} 😀 …', tokenizer) == 'ć { } 😀'
     assert unknown_in('a <extra_id_0> and </s>', tokenizer).split() == ['<extra_id_0>', '</s>']
+    c = ELFConfig(max_length=8, max_input_length=5)
+    assert encode_given('a</s>b', tokenizer, c) == [3, 9, 115, 1], 'T5 takes it for an end'
 
 
 def test_what_the_training_text_never_had(letters):
@@ -219,7 +221,7 @@ def test_what_is_given_is_in_every_text(arg, text, run, folder, tmp_path):
     (['--prompt=a__c'], "'a__c' has what the model was not trained on: '_ _'$"),
     (['--prompt=The Ü'], "'The Ü' has what the model was not trained on: 'T Ü'$"),
     (['--prompt=中文'], "not trained on: '中 文'$"),
-    (['--prompt=a</s>b'], "not trained on: '</s>'$"),
+    (['--prompt=a</s>b'], "not trained on: '< / >'$"),
     (['--prompt=a\nb'], r"not trained on: '.n'$"),
     (['--prompt=abc___________'], 'takes 14 tokens, a text of this model has 13; shorten it'),
     (['--prompt=a', '--cfg=2'], 'cfg=2.0: this is a model without conditions'),
@@ -256,7 +258,7 @@ def test_a_file_of_conditions_and_targets(args, ids, run, folder, tmp_path):
     assert [(row['input'], row['target']) for row in rows] == [
         [('abcdef', 'x'), ('ü</s>', 7)][i] for i in ids]
     assert "1 of 2 conditions have what the model was not trained on and cannot" in out
-    assert "such as 'ü </s>'\n" in out
+    assert "such as 'ü < / >'\n" in out
     assert 'the longest condition has 7 tokens with its EOS; the model reads 4, as in' in out
     assert '--- 0: abcdef\n' in out and '\ntarget: x\n' in out
     assert len({row['generated'] for row in rows[::2]}) == len(rows[::2])       # not the same twice
@@ -270,10 +272,11 @@ def test_a_condition_that_the_model_does_not_know_is_answered_with_a_note(run, f
     assert '1 of 1 texts in ' in out and 'longest' not in out
 
 
-def test_what_ends_a_row_is_left_out_of_conditions(letters):
+def test_conditions_are_encoded_as_in_training(letters):
     c = ELFConfig(max_length=8, max_input_length=5)
-    rows = [encode_given(text, letters, c) for text in ('abcdefgh', 'a</s>b<pad>')]
+    rows = [encode_given(text, letters, c) for text in ('abcdefgh', 'ab')]
     assert rows == [[4, 5, 6, 7, 8], [4, 5, 1]]
+    assert encode_given('a</s>', letters, c) == [4, 2, 2, 22, 2], 'text, no end'
     ids, known = known_tokens(rows, c)
     assert ids.tolist() == [[4, 5, 6, 7, 8, 0, 0, 0], [4, 5, 1, 0, 0, 0, 0, 0]]
     assert known.sum(1).tolist() == [5, 3] and known.dtype == torch.bool
