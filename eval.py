@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from model import TextEncoder, compute_loss, draw, encode_rows
 from parts.checkpoint import find_checkpoint, make_out_dir
-from parts.data import (add_lines, batched, check_vocabulary, cut_at_eos, get_rows, load_tokenizer,
+from parts.data import (add_lines, batched, check_fit, cut_at_eos, get_rows, load_tokenizer,
                         open_bins, open_split, printable, read_inputs, read_row, to_json)
 from parts.device import autocast, gather, print0, rank_and_world, start
 # five of these for those who look for them here
@@ -226,7 +226,7 @@ def open_model(init_from, meta, conditions, config, device, bf16):
     model = load_model(init_from, config['out_dir'], device, bf16, config['compile'])
     c, encoder = model.config, None
     if meta:
-        check_vocabulary(meta, c, source)
+        check_fit(meta, c, source)
     if bool(c.max_input_length) != bool(conditions):
         raise UserError(f"{source} is a model {'with' if c.max_input_length else 'without'} "
                         "conditions; --dataset or --input_file must fit it")

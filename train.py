@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from eval import describe_val, estimate_loss, mean_over_ranks, plot_losses, write_few
 from model import ELF, SIZES, ELFConfig, TextEncoder, compute_loss, draw, encode_rows
 from parts import checkpoint as on_disk
-from parts.data import check_bins, check_vocabulary, get_rows, open_bins, row_seed, rows_at
+from parts.data import check_bins, check_fit, get_rows, open_bins, row_seed, rows_at
 from parts.device import (DTYPES, autocast, compile_in_place, gather, note_signals, print0,
                           rank_and_world, should_stop, start)
 from parts.distill import distill_loss, draw_student, load_teacher
@@ -183,7 +183,7 @@ if __name__ == '__main__':
         notes = on_disk.check_resume(resumed, ckpt, config)
     elif init_from != 'scratch':
         model = ELF.from_pretrained(init_from)
-        check_vocabulary(meta, model.config, init_from)
+        check_fit(meta, model.config, init_from)
         ckpt = dict(model_args=asdict(model.config), model=model.state_dict())
     iter_num = ckpt.get('iter_num', 0)
     seen = gather((config['bins'], iter_num))

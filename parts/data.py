@@ -97,12 +97,12 @@ def check_bins(meta, config):
                         "raise it, or lower max_input_length or that of prepare.py")
 
 
-def check_vocabulary(meta, c, source):
+def check_fit(meta, c, source, *names):
     """UserError if a model with the settings c, from source, is not one for these bins."""
-    for name in ('vocab_size', 'latent_dim'):
+    for name in ('vocab_size', 'latent_dim', *names):
         if getattr(c, name) != meta[name]:
-            raise UserError(f"{source} does not fit the data: {name} is {getattr(c, name)} there, "
-                            f"{meta[name]} in {meta['dir']}; name the dataset it was trained on")
+            raise UserError(f"{source} does not fit: {name} is {getattr(c, name)} there, "
+                            f"{meta[name]} with {meta['dir']}; take what it was trained with")
 
 
 def open_split(meta, split):

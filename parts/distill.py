@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 
 from model import ELF, cross_entropy, draw, first_guess, noise_rows, velocity
-from parts.data import check_vocabulary
+from parts.data import check_fit
 from parts.device import to_device
 from parts.process import UserError
 
@@ -24,13 +24,7 @@ def load_teacher(config, meta, init_from):
     if init_from == 'scratch':
         raise UserError(f"a student starts from weights, for example --init_from={source}")
     teacher = ELF.from_pretrained(source).requires_grad_(False)
-    check_vocabulary(meta, teacher.config, source)
-    ours = meta | config
-    for name in ('noise_scale', 'latent_mean', 'latent_std'):
-        theirs = getattr(teacher.config, name)
-        if theirs != ours[name]:
-            raise UserError(f"teacher {source} has {name}={theirs}, its student would have "
-                            f"{ours[name]}; they must be alike")
+    check_fit(meta | config, teacher.config, source, 'noise_scale', 'latent_mean', 'latent_std')
     return teacher
 
 

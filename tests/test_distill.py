@@ -147,3 +147,15 @@ def test_another_teacher_of_a_resumed_student_is_refused(run, tiny, tmp_path):
         run(*args, f'--teacher={tmp_path}/b', '--init_from=resume')
     with pytest.raises(UserError, match='distill_steps'):
         run(*args, f'--teacher={tmp_path}/a', '--init_from=resume', '--distill_steps=1')
+
+
+@pytest.mark.parametrize('arg, says', [
+    ('--noise_scale=0.7', 'does not fit: noise_scale is 0.35 there, 0.7 with'),
+    ('--distill_substeps=0', 'distill_steps and distill_substeps are at least 1'),
+    ('--init_from=scratch', 'a student starts from weights, for example --init_from=')])
+def test_a_teacher_that_cannot_teach_is_refused(run, tiny, tmp_path, arg, says):
+    run('train.py', *tiny, f'--out_dir={tmp_path}/a', '--max_iters=1')
+    with pytest.raises(UserError, match=says):
+        run('train.py', *tiny, f'--out_dir={tmp_path}/student', f'--teacher={tmp_path}/a',
+            f'--init_from={tmp_path}/a', '--distill_steps=2', '--distill_substeps=2', arg)
+    assert not (tmp_path / 'student').exists()

@@ -309,7 +309,7 @@ def test_refuses_bins_of_another_vocabulary(evaluate, trained, bins, tmp_path):
     shutil.copytree(bins / 'tiny', tmp_path / 'data' / 'other')
     meta = json.loads((bins / 'tiny' / 'meta.json').read_text())
     (tmp_path / 'data' / 'other' / 'meta.json').write_text(json.dumps(meta | dict(vocab_size=31)))
-    with pytest.raises(UserError, match='vocab_size is 30 .* 31 in'):
+    with pytest.raises(UserError, match='vocab_size is 30 .* 31 with'):
         evaluate(*trained, f"--data_dir={tmp_path / 'data'}", '--dataset=other')
 
 
