@@ -30,7 +30,7 @@ import math
 import os
 import sys
 from functools import partial
-from itertools import islice, product
+from itertools import product
 from operator import itemgetter
 
 import numpy as np
@@ -139,7 +139,7 @@ def write_few(model, encoder, meta, file, seed):
     """Four texts of a model in training to a JSONL file; the first of them shown."""
     conditions, sampling = [], resolve_sampling(model.config)
     if model.config.max_input_length:       # of the bins, as there may be no val.jsonl
-        conditions = list(islice(read_split(meta, 'val'), 4))
+        conditions = list(read_split(meta, 'val', 4))
     rows = sample_set(model, encoder, conditions, 4, sampling, seed, 4, file)
     print0(f"{file} | {printable(rows[0]['generated'])[:120]}")
 
@@ -168,7 +168,7 @@ def read_samples(file, input_file='', meta=None):
     return rows
 
 
-def read_split(meta, split, n=sys.maxsize):
+def read_split(meta, split, n):
     """
     Up to n rows of a split, evenly spaced -> one after the other a dict: 'input', its condition;
     'generated' and 'ids', up to its first EOS.
@@ -259,7 +259,6 @@ if __name__ == '__main__':
         judge = 'none' if find_targets(texts) else 'gpt2-large'
     if meta and not meta.get('conditional'):
         real = list(read_split(meta, 'val', len(texts) or num_samples))
-    limit = sum(len(row['ids']) for row in real) or sys.maxsize
     if judge == 'ngram':
         if not real:
             raise UserError("--judge=ngram learns from training text without conditions; name its "
@@ -294,7 +293,7 @@ if __name__ == '__main__':
                     runs.append(sample_set(*models[source], texts, num_samples, sampling, s,
                                            batch_size, file))
             if rank == 0:
-                row |= over_runs([measure(run, limit, judges) for run in runs or [texts]])
+                row |= over_runs([measure(run, judges) for run in runs or [texts]])
                 if sweep:
                     add_lines(log, [row])
         rows += done[:1] or [row]
@@ -304,7 +303,7 @@ if __name__ == '__main__':
         sys.exit()
 
     # ---- the table, and the same as a line of JSON -----------------------------------------------
-    real_row = dict(real=measure(real, limit, judges)) if real else {}
+    real_row = dict(real=measure(real, judges)) if real else {}
     names = [k for k in ('source', *SWEPT[1:]) if len({row[k] for row in rows}) > 1]
     print_table({label(row, names): row for row in rows} | real_row)
     if sweep and real and judge != 'none':

@@ -577,10 +577,7 @@ if __name__ == '__main__':
     try:
         folder.mkdir(parents=True)
         meta, tok = make_set(folder, files, names, settings)
-        # a resume sees by them if any was made anew
-        checked = (*FILES, 'tokenizer/tokenizer.json', 'encoder/model.safetensors')
-        meta['checksums'] = {file: sha256(folder / file) for file in checked
-                             if (folder / file).exists()}
+        meta['checksums'] = {file: sha256(folder / file) for file in FILES}
         (folder / 'meta.json').write_text(json.dumps(meta, indent=1))
         swap_in(folder, final)
     finally:

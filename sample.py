@@ -23,7 +23,7 @@ from parts.data import batched, load_tokenizer, printable, row_seed, write_jsonl
 from parts.device import (DTYPES, autocast, cast_blocks, compile_in_place, on_signals,
                           rank_and_world, start)
 from parts.page import make_frame, moments, show, write_page
-from parts.prompt import encode_given, known_tokens, read_tasks, texts_in
+from parts.prompt import encode_given, given_length, known_tokens, read_tasks, texts_in
 
 # -------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); samples.jsonl is written here
@@ -94,14 +94,11 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
     times = times.to(z).expand(B, -1)[..., None, None]                          # (B, steps+1, 1, 1)
     steps = times.shape[1] - 1
     if cond is None:
-        cond = torch.zeros_like(z)
-        cond_mask = torch.zeros_like(z[..., 0])
+        cond, cond_mask = z, torch.zeros_like(z[..., 0])
     known = cond_mask.bool()[..., None]                                                  # (B, T, 1)
     w = z.new_full((B,), w)
     z = torch.where(known, cond, z)
-    x_prev = torch.zeros_like(z)                    # no guess yet
-    if not noisy_cond:
-        x_prev = torch.where(known, cond, x_prev)
+    x_prev = torch.where(known & (not noisy_cond), cond, 0.0)       # no guess yet
     for i in range(steps):
         # contiguous, as a * t below is: torch.compile makes a graph of each layout of t
         t, t_next = times[:, i].contiguous(), times[:, i + 1]                           # (B, 1, 1)
@@ -174,7 +171,8 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, 
         times = [time_grid(steps, grid, c, torch.Generator().manual_seed(s)) for s in seeds]
         z = torch.empty(len(batch), c.max_length, c.latent_dim, device=device)
         z = c.noise_scale * randn(z, generators)
-        rows = [encode_given(given[i], tokenizer, c) if given else [] for i in batch]
+        rows = [encode_given(given[i], tokenizer, c)[:given_length(c)] if given else []
+                for i in batch]
         ids, known = [x.to(device) for x in known_tokens(rows, c)]
         # what is known is all that the encoder sees
         cond = encoder(ids, known, known) if given else None
@@ -279,7 +277,6 @@ if __name__ == '__main__':
     # ---- show ------------------------------------------------------------------------------------
     for row in rows:
         print(f"--- {row['id']}: {printable(row.get('input', ''))}")
-        for line in row['generated'].split('\n'):
-            print(printable(line))
+        print(printable(row['generated'], but='\n'))
         if 'target' in row:
             print(f"target: {printable(str(row['target']))}")

@@ -50,8 +50,7 @@ def pd_target(teacher, z, times, w, x_prev, cond=None, cond_mask=None):
     clean latents that are held. A step without length has the teacher's last guess as its target.
     """
     if cond is None:
-        cond = torch.zeros_like(z)
-        cond_mask = torch.zeros_like(z[..., 0])
+        cond, cond_mask = z, torch.zeros_like(z[..., 0])
     keep = cond_mask.bool()[..., None]                                              # (B, T, 1)
     stops = times[..., None, None].unbind(dim=1)                                    # (B, 1, 1) each
     z_end = z
@@ -94,9 +93,5 @@ def distill_loss(teacher, steps, net, x0, tokens, loss_mask, cond_mask, draws):
     losses = torch.cat((l2, ce)) * r.mask                                           # (B, T)
     count = r.mask.sum(dim=1).clamp(min=1)                                          # (B,)
     rows = losses.sum(dim=1) / count
-    parts = {}
-    if len(l2):
-        parts['l2'] = rows[:n].detach().mean()
-    if len(ce):
-        parts['ce'] = rows[n:].detach().mean()
-    return rows.mean(), parts
+    parts = dict(l2=rows[:n].detach(), ce=rows[n:].detach())
+    return rows.mean(), {name: x.mean() for name, x in parts.items() if len(x)}

@@ -4,7 +4,6 @@ causal LM as the paper's. Nothing of ELF in it. ids: the tokens of a text, a lis
 """
 import math
 import os
-import sys
 from collections import Counter, defaultdict
 from functools import lru_cache, partial
 from statistics import median
@@ -43,16 +42,12 @@ def repetition(ids_list):
     return sum(n for n in counts if n >= 3) / max(1, sum(counts))
 
 
-def distinct(ids_list, limit=sys.maxsize):
+def distinct(ids_list):
     """
     Share of different ones among all 4-grams of a set of texts, none across two texts. The share
-    falls as a set grows: compare sets of as many tokens, the first `limit` of each.
+    falls as a set grows: compare sets of one size.
     """
-    grams = []
-    for ids in ids_list:
-        ids = tuple(ids[:limit])
-        limit -= len(ids)
-        grams.extend(ngrams(ids, 4))
+    grams = [gram for ids in ids_list for gram in ngrams(tuple(ids), 4)]
     return len(set(grams)) / max(1, len(grams))
 
 
@@ -253,12 +248,11 @@ def make_judges(judge, gpt2, train, device):
         yield lambda texts, ids: count_ids(judge_ids(texts, encode))
 
 
-def measure(rows, limit, judges):
+def measure(rows, judges):
     """
     All metrics of one line of the table -> dict. Texts with targets are held against these; of
     others variety counts: entropy_own is over the ids given, mean over the texts that are not
-    blank; limit: tokens that distinct-4 looks at. judges: functions of texts and their ids that
-    give more metrics.
+    blank. judges: functions of texts and their ids that give more metrics.
     """
     texts, ids = [row['generated'] for row in rows], [row['ids'] for row in rows]
     full = [row['ids'] for row in rows if row['generated'].strip()]
@@ -270,7 +264,7 @@ def measure(rows, limit, judges):
         error = math.sqrt(exact * (1 - exact) / len(rows))
         return out | rouge(texts, targets) | errors(texts, targets) | dict(
             bleu=bleu(texts, targets), exact=exact, exact_stderr=error)
-    return out | dict(entropy_own=mean([*map(entropy, full)]), distinct_4=distinct(ids, limit))
+    return out | dict(entropy_own=mean([*map(entropy, full)]), distinct_4=distinct(ids))
 
 
 COLUMNS = ('exact exact_stderr length first_wrong bleu rouge1 rouge2 rougeL '

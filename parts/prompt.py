@@ -13,12 +13,12 @@ HOLE = -1       # stands for a token that the model is to write
 
 def encode_given(text, tokenizer, c):
     """
-    A condition -> its ids and an EOS, as far as the model reads. A prompt -> its ids, a HOLE for
-    each of three or more underscores in a row.
+    A condition -> its ids and an EOS. A prompt -> its ids, a HOLE for each of three or more
+    underscores in a row. The model reads the first given_length(c) of them.
     """
     (_, ids, _), (_, joined, _) = encode([text, ' a'], tokenizer)
     if c.max_input_length:
-        return (ids + [tokenizer.eos_token_id])[:c.max_input_length]
+        return ids + [tokenizer.eos_token_id]
     # a space before what is open belongs to the token of the word that comes, in most tokenizers
     if len(joined) == 1:
         text = re.sub(r' +(?=___|\Z)', '', text)
@@ -26,6 +26,10 @@ def encode_given(text, tokenizer, c):
     for part, ids, _ in encode(re.split('(___+)', text), tokenizer):
         row += [HOLE] * len(part) if part.startswith('___') else ids
     return row
+
+
+def given_length(c):
+    return c.max_input_length or c.max_length
 
 
 def unknown_in(text, tokenizer):
@@ -48,37 +52,29 @@ def read_tasks(config, named, source, tokenizer, c):
     if not c.max_input_length:
         if asked - {'prompt'}:
             raise UserError(f"{source} is a model without conditions; it takes --prompt")
-        check_prompt(config['prompt'], tokenizer, c)
+        for complaint in complaints([config['prompt']], tokenizer, c):
+            raise UserError(f"prompt={config['prompt']!r}: {complaint}")
         return [{}] * count
 
     if asked not in ({'input'}, {'input_file'}):
         raise UserError(f"{source} is a model with conditions; give --input or --input_file")
     rows = read_inputs(config['input_file']) if 'input_file' in asked else [config]
     tasks = [{k: row[k] for k in ('input', 'target') if k in row} for row in rows]
-    check_inputs([task['input'] for task in tasks], tokenizer, c)
+    for complaint in complaints([task['input'] for task in tasks], tokenizer, c):
+        print(complaint)
     return [tasks[i % len(tasks)] for i in range(count)] if 'num_samples' in named else tasks
 
 
-def check_inputs(texts, tokenizer, c):
-    """Say what of conditions the model does not know, and what it will not read."""
-    unknown = [found for text in texts if (found := unknown_in(text, tokenizer))]
+def complaints(texts, tokenizer, c):
+    """What a model cannot read of what is given, sentences; none if it reads all."""
+    plain = texts if c.max_input_length else [re.sub('___+', '', text) for text in texts]
+    unknown = [found for text in plain if (found := unknown_in(text, tokenizer))]
     if unknown:
-        print(f"{len(unknown)} of {len(texts)} conditions have what the model was not trained on "
-              f"and cannot read, such as {unknown[0]!r}")
-    longest = 1 + max(len(ids) for _, ids, _ in encode(texts, tokenizer))
-    if longest > c.max_input_length:
-        print(f"the longest condition has {longest} tokens with its EOS; the model reads "
-              f"{c.max_input_length}, as in training")
-
-
-def check_prompt(text, tokenizer, c):
-    """UserError if the model does not know it, or it is too long."""
-    if unknown := unknown_in(re.sub('___+', '', text), tokenizer):
-        raise UserError(f"prompt={text!r} has what the model was not trained on: {unknown!r}")
-    row = encode_given(text, tokenizer, c)
-    if len(row) > c.max_length:
-        raise UserError(f"prompt={text!r} takes {len(row)} tokens, a text of this model has "
-                        f"{c.max_length}; shorten it")
+        yield (f"the model was not trained on {unknown[0]!r} and cannot read it "
+               f"(in {len(unknown)} of {len(texts)} texts given)")
+    longest = max(len(encode_given(text, tokenizer, c)) for text in texts)
+    if longest > given_length(c):
+        yield f"the longest text has {longest} tokens; the model reads {given_length(c)}"
 
 
 def known_tokens(rows, c):

@@ -245,9 +245,10 @@ def test_a_condition_is_coded_cut_kept_and_left_out_of_the_text():
     class Tokenizer:
         eos_token_id, pad_token_id = 1, 0
 
-        def __call__(self, text, add_special_tokens):
-            assert not add_special_tokens
-            return dict(input_ids=[*map(ord, text)])
+        def __call__(self, texts, add_special_tokens, split_special_tokens, verbose):
+            assert split_special_tokens and not add_special_tokens
+            return SimpleNamespace(encodings=[
+                SimpleNamespace(ids=[*map(ord, text)], offsets=[*text]) for text in texts])
 
         def decode(self, ids, skip_special_tokens):
             return f'{ids} {skip_special_tokens}'
