@@ -48,8 +48,8 @@ from parts.device import autocast, gather, print0, rank_and_world, start
 from parts.metrics import (bleu, entropy, exact_match, find_targets, gen_ppl,  # noqa: F401
                            make_judges, measure, over_runs, print_table, rouge)
 from parts.plots import at_equal_entropy, label, plot_losses, plot_sweep, read_rows  # noqa: F401
-from sample import (AT_LEAST_1, CHOICES, load_model, resolve_sampling,  # noqa: F401, for configure
-                    sample_texts)
+from sample import (AT_LEAST_1, CHOICES, SAMPLING, load_model,  # noqa: F401, for configure
+                    resolve_sampling, sample_texts)
 
 # --------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); texts and metrics.jsonl go here
@@ -83,7 +83,7 @@ dtype = 'auto'              # of sampling: 'float32' or 'bfloat16'; the judge is
 compile = False             # torch.compile the network: a minute first, then faster
 # --------------------------------------------------------------------------------------------------
 
-SWEPT = ('init_from', 'steps', 'sampler', 'gamma', 'w', 'cfg', 'grid')
+SWEPT = ('init_from', *SAMPLING)
 # texts that exist are scored as they are
 READ_WITH = dict.fromkeys(('sweep', 'num_samples', 'seeds', 'compile', *SWEPT), 'samples=')
 
@@ -159,9 +159,9 @@ def read_samples(file, input_file='', meta=None):
         row['ids'] = encode(row['generated'])
     if input_file:
         found = find_targets(read_inputs(input_file))
-        targets = {str(i): target for i, target in enumerate(found)}
+        targets = dict(enumerate(found))
         for i, row in enumerate(rows):
-            row['target'] = targets.get(str(row.get('id', i)))
+            row['target'] = targets.get(row.get('id', i))
     if not find_targets(rows) and any('target' in row for row in rows):
         raise UserError(f"{file}: not each text has a 'target', its own or that of the line of "
                         "input_file which its 'id' names")
@@ -186,17 +186,17 @@ def sample_set(model, encoder, conditions, n, sampling, seed, batch_size, file):
     Sample n texts, or one for each condition. Each rank samples its share of a batch and gets all
     of it; the first one adds it to a file, if one is named: a kill leaves what is done.
     """
-    c, rows = model.config, []
+    c, rows, tasks = model.config, [], conditions or [{}] * n
     tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
     inputs = [row['input'] for row in conditions]
     rank, world = rank_and_world()
-    batches = list(batched(range(len(conditions) or n), batch_size * world))
+    batches = list(batched(range(len(tasks)), batch_size * world))
     for numbers in tqdm(batches, leave=False, disable=True if rank else None):
         mine = sample_texts(model, tokenizer, numbers[rank::world], batch_size, seed,
                             model.mode_tokens.device, sampling, inputs, encoder)
         batch = sorted(sum(gather(list(mine)), []), key=itemgetter('id'))
-        if conditions:      # their targets, and what else their lines have
-            batch = [conditions[row['id']] | row for row in batch]
+        # with targets, and what else the lines of conditions have
+        batch = [tasks[row['id']] | row for row in batch]
         if file and rank == 0:
             add_lines(file, batch, 'a' if rows else 'w')
         rows += batch
@@ -207,8 +207,8 @@ def sample_set(model, encoder, conditions, n, sampling, seed, batch_size, file):
 
 def combinations(text, settings):
     """
-    'steps=4,8 gamma=0,1.5' -> the product of its values: tuples in the order of SWEPT, what is not
-    named as in settings; an empty text is one. UserError for other names and wrong values.
+    'steps=4,8 gamma=0,1.5' -> the product of its values: dicts of SWEPT, what is not named as in
+    settings; an empty text is one. UserError for other names and wrong values.
     """
     values = {name: [settings[name]] for name in SWEPT}
     for part in text.split():
@@ -217,13 +217,14 @@ def combinations(text, settings):
             raise UserError(f"--sweep: {part!r} is not name=value,value with one of "
                             f"{', '.join(SWEPT)}")
         values[name] = [check_value(globals(), name, x, '--sweep') for x in given.split(',')]
-    return list(product(*values.values()))
+    return [dict(zip(SWEPT, combination)) for combination in product(*values.values())]
 
 
-def open_model(init_from, meta, conditions, config, device, bf16):
+def open_model(meta, conditions, config, device, bf16):
     """-> model, its text encoder if it may be needed. UserError if it does not fit the data."""
-    source = init_from or config['out_dir']
-    model = load_model(init_from, config['out_dir'], device, bf16, config['compile'])
+    init_from, out_dir = config['init_from'], config['out_dir']
+    source = init_from or out_dir
+    model = load_model(init_from, out_dir, device, bf16, config['compile'])
     c, encoder = model.config, None
     if meta:
         check_fit(meta, c, source)
@@ -248,12 +249,12 @@ if __name__ == '__main__':
         plan, texts = [(samples, None, {})], read_samples(samples, input_file, meta)
     elif input_file or meta.get('conditional'):
         texts = read_inputs(input_file or f"{meta['dir']}/val.jsonl")[:num_samples]
-    for init_from, *settings in [] if samples else combinations(sweep, config):
-        source = init_from or out_dir
+    for settings in [] if samples else combinations(sweep, config):
+        source = settings['init_from'] or out_dir
         if source not in models:
-            models[source] = open_model(init_from, meta, texts, config, device, bf16)
+            models[source] = open_model(meta, texts, config | settings, device, bf16)
         weights = os.path.getmtime(find_checkpoint(source))
-        sampling = resolve_sampling(models[source][0].config, *settings)
+        sampling = resolve_sampling(models[source][0].config, **settings)
         plan.append((source, weights, sampling))
     if judge == 'auto':
         judge = 'none' if find_targets(texts) else 'gpt2-large'

@@ -52,6 +52,7 @@ dtype = 'auto'              # 'float32' or 'bfloat16', 'auto' = bfloat16 where i
 compile = False             # torch.compile the network: a minute first, then faster
 # -------------------------------------------------------------------------------------------------
 
+SAMPLING = ('steps', 'sampler', 'gamma', 'w', 'cfg', 'grid')     # -1 or '' = as the checkpoint says
 SAMPLERS = ('ode', 'sde', 'sde_exact')
 GRIDS = ('logit_normal', 'quantile', 'uniform')
 CHOICES = dict(sampler=('', *SAMPLERS), grid=('', *GRIDS), dtype=DTYPES)
@@ -156,8 +157,8 @@ def decode(model, z, w):
 def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, given=None,
                  encoder=None, watch=None):
     """
-    The texts with these numbers -> rows {'id', 'generated', 'ids'}, with conditions 'input' too,
-    one after the other. Grid, first noise and SDE noise of text i come from (seed, i) alone.
+    The texts with these numbers -> rows {'id', 'generated', 'ids'}, one after the other. Grid,
+    first noise and SDE noise of text i come from (seed, i) alone.
 
     sampling: what resolve_sampling gives. given: by number, the condition of each text, or how it
     starts; encoder: the TextEncoder for it. watch(numbers, ids of what is given, i, t, z) is called
@@ -183,11 +184,8 @@ def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, 
             noisy_cond=given and not c.max_input_length)
         texts = texts_in(rows, *decode(model, z, w), tokenizer, c)
         for i, (ids, _) in zip(batch, texts):
-            row = dict(id=i)
-            if c.max_input_length:
-                row['input'] = given[i]
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            yield row | dict(generated=text, ids=ids)
+            yield dict(id=i, generated=text, ids=ids)
 
 
 def load_model(init_from, out_dir, device, bf16, compile):
@@ -205,21 +203,22 @@ def load_model(init_from, out_dir, device, bf16, compile):
     return model
 
 
-def resolve_sampling(config, steps=-1, sampler='', gamma=-1, w=-1, cfg=-1, grid=''):
+def resolve_sampling(c, **settings):
     """
-    Settings where given, else what the checkpoint has for that number of steps -> dict of all six,
-    in this order. Below 8 steps of which it says nothing gamma is 0: so long a step back costs more
-    than it brings. UserError for guidance without conditions.
+    The settings SAMPLING where they are given, else what the checkpoint has for that number of
+    steps -> dict of all six. Below 8 steps of which it says nothing gamma is 0: so long a step back
+    costs more than it brings. UserError for guidance without conditions.
     """
-    given = dict(steps=steps, sampler=sampler, gamma=gamma, w=w, cfg=cfg, grid=grid)
-    own = {name: getattr(config, name) for name in given}
-    if cfg not in (-1, 1) and not config.max_input_length:
-        raise UserError(f"cfg={cfg}: this is a model without conditions; drop it")
+    own = {name: getattr(c, name) for name in SAMPLING}
+    given = {name: settings[name] for name in SAMPLING if settings.get(name, '') not in (-1, '')}
+    steps = given.get('steps', c.steps)
+    if given.get('cfg', 1) != 1 and not c.max_input_length:
+        raise UserError(f"cfg={given['cfg']}: this is a model without conditions; drop it")
     # of its own number of steps by_steps says nothing: there the checkpoint's settings are meant
-    if steps not in (-1, config.steps):
-        few = dict(gamma=0.0) if steps < min(8, config.steps) else {}
-        own |= config.by_steps.get(steps, few)
-    return own | {name: value for name, value in given.items() if value not in (-1, '')}
+    if steps != c.steps:
+        few = dict(gamma=0.0) if steps < min(8, c.steps) else {}
+        own |= c.by_steps.get(steps, few)
+    return own | given
 
 
 if __name__ == '__main__':
@@ -234,7 +233,7 @@ if __name__ == '__main__':
     model = load_model(init_from, out_dir, device, bf16, compile)
     c = model.config
     tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
-    sampling = resolve_sampling(c, steps, sampler, gamma, w, cfg, grid)
+    sampling = resolve_sampling(c, **config)
     tasks = read_tasks(config, named, source, tokenizer, c)
     given = encoder = None
     if c.max_input_length or prompt:

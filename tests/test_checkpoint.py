@@ -526,8 +526,8 @@ def test_the_distilled_model_at_each_number_of_steps(tmp_path, text):
     for c in (c, replace(SMALL, **settings(tmp_path, convert.config_text(c)))):
         for steps in (1, 2, 4, 8, 16, 32):
             gamma, w = (1.5, 2.5) if steps <= 8 else (2.0, 2.0)
-            assert resolve_sampling(c, steps) == dict(sampler='sde', steps=steps, gamma=gamma, w=w,
-                                                      cfg=1.0, grid='logit_normal')
+            assert resolve_sampling(c, steps=steps) == dict(
+                sampler='sde', steps=steps, gamma=gamma, w=w, cfg=1.0, grid='logit_normal')
         assert resolve_sampling(c)['steps'] == 8
 
 

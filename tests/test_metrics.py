@@ -84,7 +84,7 @@ def test_ngram_is_a_distribution():
 
 
 def test_ngram_judge_learns_characters_and_tokens(bins):
-    train = list(read_split(open_bins(str(bins), 'tiny'), 'train'))
+    train = list(read_split(open_bins(str(bins), 'tiny'), 'train', 999))
     row = measure([dict(generated='ab', ids=[4, 5])], make_judges('ngram', '', train, 'cpu'))
     assert len(train) == 96
     of_tokens = train_ngram([tuple(text['ids']) for text in train], n=3)

@@ -359,8 +359,8 @@ def test_a_fine_tune_samples_as_it_says(run, tiny, tmp_path):
     torch.save(ckpt, tmp_path / 'a' / 'ckpt.pt')
     run('train.py', *tiny, f'--init_from={tmp_path}/a', f'--out_dir={tmp_path}/b', '--max_iters=1',
         '--steps=8', '--gamma=0.3')
-    sampling = [resolve_sampling(ELF.from_pretrained(f'{tmp_path}/{x}').config, 8) for x in 'ab']
-    assert [x['gamma'] for x in sampling] == [2.0, 0.3]
+    settings = [ELF.from_pretrained(f'{tmp_path}/{x}').config for x in 'ab']
+    assert [resolve_sampling(c, steps=8)['gamma'] for c in settings] == [2.0, 0.3]
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
