@@ -13,7 +13,6 @@ there.
 # before torch: see there
 from parts.process import from_hub, one_line_errors, open_streams
 
-import json
 import os
 import re
 import sys
@@ -48,15 +47,13 @@ def read_msgpack(path):
 def read_orbax(folder):
     """A folder of Orbax's -> as read_msgpack; only what is needed is read."""
     import tensorstore as ts
-    root, arrays = os.path.realpath(folder), {}
-    metadata = json.loads(Path(root, '_METADATA').read_text(encoding='utf-8'))
-    for entry in metadata['tree_metadata'].values():
-        keys = [str(part['key']) for part in entry['key_metadata']]
-        if keys[0] in ('params', 'ema_params1', 'step', 'epoch'):
-            name = '.'.join(keys)
-            store = dict(driver='ocdbt', base=f'file://{root}/', path=f'{name}/')
-            array = ts.open(dict(driver='auto', kvstore=store), open=True, read=True).result()
-            arrays[name] = array.read().result()
+    store, arrays = dict(driver='ocdbt', base=f'file://{os.path.realpath(folder)}/'), {}
+    for key in ts.KvStore.open(store).result().list().result():
+        name, _, file = key.decode().rpartition('/')
+        is_array = file in ('.zarray', 'zarr.json')
+        if is_array and name.partition('.')[0] in ('params', 'ema_params1', 'step', 'epoch'):
+            at = dict(driver='auto', kvstore=dict(store, path=f'{name}/'))
+            arrays[name] = ts.open(at, open=True, read=True).result().read().result()
     return arrays
 
 
