@@ -31,18 +31,16 @@ import os
 import sys
 from functools import partial
 from itertools import product
-from operator import itemgetter
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from pandas import DataFrame
-from tqdm import tqdm
 
 from model import TextEncoder, compute_loss, draw, encode_rows
 from parts.checkpoint import find_checkpoint, make_out_dir
-from parts.data import (add_lines, batched, check_fit, cut_at_eos, get_rows, load_tokenizer,
-                        open_bins, open_split, printable, read_inputs, read_row, to_json)
+from parts.data import (add_lines, check_fit, cut_at_eos, get_rows, load_tokenizer, open_bins,
+                        open_split, printable, read_inputs, read_row, to_json)
 from parts.device import autocast, gather, print0, rank_and_world, start
 # five of these for those who look for them here
 from parts.metrics import (bleu, entropy, exact_match, find_targets, gen_ppl,  # noqa: F401
@@ -140,7 +138,7 @@ def write_few(model, encoder, meta, file, seed):
     conditions, sampling = [], resolve_sampling(model.config)
     if model.config.max_input_length:       # of the bins, as there may be no val.jsonl
         conditions = list(read_split(meta, 'val', 4))
-    rows = sample_set(model, encoder, conditions, 4, sampling, seed, 4, file)
+    rows = sample_texts(model, encoder, conditions or [{}] * 4, 4, seed, sampling, file)
     print0(f"{file} | {printable(rows[0]['generated'])[:120]}")
 
 # --------------------------------------------------------------------------------------------------
@@ -179,28 +177,6 @@ def read_split(meta, split, n):
         condition, target = read_row(ids, index, r)
         target = cut_at_eos(target.tolist(), meta['eos_id'])
         yield dict(input=decode(condition), generated=decode(target), ids=target)
-
-
-def sample_set(model, encoder, conditions, n, sampling, seed, batch_size, file):
-    """
-    Sample n texts, or one for each condition. Each rank samples its share of a batch and gets all
-    of it; the first one adds it to a file, if one is named: a kill leaves what is done.
-    """
-    c, rows, tasks = model.config, [], conditions or [{}] * n
-    tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
-    inputs = [row['input'] for row in conditions]
-    rank, world = rank_and_world()
-    batches = list(batched(range(len(tasks)), batch_size * world))
-    for numbers in tqdm(batches, leave=False, disable=True if rank else None):
-        mine = sample_texts(model, tokenizer, numbers[rank::world], batch_size, seed,
-                            model.mode_tokens.device, sampling, inputs, encoder)
-        batch = sorted(sum(gather(list(mine)), []), key=itemgetter('id'))
-        # with targets, and what else the lines of conditions have
-        batch = [tasks[row['id']] | row for row in batch]
-        if file and rank == 0:
-            add_lines(file, batch, 'a' if rows else 'w')
-        rows += batch
-    return rows
 
 # --------------------------------------------------------------------------------------------------
 # the lines of the table: one setting of the sampler, or several
@@ -291,8 +267,8 @@ if __name__ == '__main__':
                 number = f'_{s}' if len(seeds) > 1 else ''
                 file = '' if sweep else f'{out_dir}/samples_eval{number}.jsonl'
                 with autocast(device, bf16):
-                    runs.append(sample_set(*models[source], texts, num_samples, sampling, s,
-                                           batch_size, file))
+                    runs.append(sample_texts(*models[source], texts or [{}] * num_samples,
+                                             batch_size, s, sampling, file))
             if rank == 0:
                 row |= over_runs([measure(run, judges) for run in runs or [texts]])
                 if sweep:

@@ -11,16 +11,16 @@ Write text: noise at t=0, a few dozen steps along the learned flow, tokens at t=
 from configurator import UserError, configure       # before torch: see there
 
 import os
-import signal
 from functools import partial
+from operator import itemgetter
 
 import torch
 from tqdm import tqdm
 
 from model import ELF, TextEncoder, velocity
 from parts.checkpoint import make_out_dir
-from parts.data import batched, load_tokenizer, printable, row_seed, write_jsonl
-from parts.device import (DTYPES, autocast, cast_blocks, compile_in_place, on_signals,
+from parts.data import add_lines, batched, load_tokenizer, printable, row_seed
+from parts.device import (DTYPES, autocast, cast_blocks, compile_in_place, gather,
                           rank_and_world, start)
 from parts.page import make_frame, moments, show, write_page
 from parts.prompt import encode_given, given_length, known_tokens, read_tasks, texts_in
@@ -154,38 +154,60 @@ def decode(model, z, w):
     return torch.cat(ids), torch.cat(p)
 
 
-def sample_texts(model, tokenizer, numbers, batch_size, seed, device, sampling, given=None,
-                 encoder=None, watch=None):
+def sample_batch(model, tokenizer, numbers, seed, device, sampling, given=None, encoder=None,
+                 watch=None):
     """
-    The texts with these numbers -> rows {'id', 'generated', 'ids'}, one after the other. Grid,
-    first noise and SDE noise of text i come from (seed, i) alone.
-
-    sampling: what resolve_sampling gives. given: by number, the condition of each text, or how it
-    starts; encoder: the TextEncoder for it. watch(numbers, ids of what is given, i, t, z) is called
-    at each step of a batch, see generate.
+    The texts with these numbers, all at once -> rows {'id', 'generated', 'ids'}. Grid, first noise
+    and SDE noise of text i come from (seed, i) alone. given: by number, the 'input' of each; the
+    other arguments: see sample_texts.
     """
     c = model.config
     steps, sampler, gamma, w, cfg, grid = sampling.values()
-    for batch in batched(numbers, batch_size):
-        seeds = [row_seed(seed, i) for i in batch]
-        generators = [torch.Generator(device).manual_seed(s) for s in seeds]
-        times = [time_grid(steps, grid, c, torch.Generator().manual_seed(s)) for s in seeds]
-        z = torch.empty(len(batch), c.max_length, c.latent_dim, device=device)
-        z = c.noise_scale * randn(z, generators)
-        rows = [encode_given(given[i], tokenizer, c)[:given_length(c)] if given else []
-                for i in batch]
-        ids, known = [x.to(device) for x in known_tokens(rows, c)]
-        # what is known is all that the encoder sees
-        cond = encoder(ids, known, known) if given else None
-        z = generate(
-            model, z, torch.stack(times), sampler, gamma, w, cfg, cond, known,
-            generators=generators,
-            watch=watch and partial(watch, batch, rows),
-            noisy_cond=given and not c.max_input_length)
-        texts = texts_in(rows, *decode(model, z, w), tokenizer, c)
-        for i, (ids, _) in zip(batch, texts):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            yield dict(id=i, generated=text, ids=ids)
+    seeds = [row_seed(seed, i) for i in numbers]
+    generators = [torch.Generator(device).manual_seed(s) for s in seeds]
+    times = [time_grid(steps, grid, c, torch.Generator().manual_seed(s)) for s in seeds]
+    z = torch.empty(len(numbers), c.max_length, c.latent_dim, device=device)
+    z = c.noise_scale * randn(z, generators)
+    rows = [encode_given(given[i], tokenizer, c)[:given_length(c)] if given else []
+            for i in numbers]
+    ids, known = [x.to(device) for x in known_tokens(rows, c)]
+    # what is known is all that the encoder sees
+    cond = encoder(ids, known, known) if given else None
+    z = generate(
+        model, z, torch.stack(times), sampler, gamma, w, cfg, cond, known,
+        generators=generators,
+        watch=watch and partial(watch, numbers, rows),
+        noisy_cond=given and not c.max_input_length)
+    texts = texts_in(rows, *decode(model, z, w), tokenizer, c)
+    return [dict(id=i, generated=tokenizer.decode(ids, skip_special_tokens=True), ids=ids)
+            for i, (ids, _) in zip(numbers, texts)]
+
+
+def sample_texts(model, encoder, tasks, batch_size, seed, sampling, file='', watch=None):
+    """
+    A text for each task, a dict that its row joins -> rows. Each rank samples its share of a batch
+    and gets all of it; the first one adds it to a file, if one is named: a kill leaves what is
+    done.
+
+    A task may have an 'input': a condition, or how the text starts; encoder: the TextEncoder for
+    it, or None. sampling: what resolve_sampling gives. watch(numbers, ids of what is given, i, t,
+    z) is called at each step of a batch, see generate.
+    """
+    given = [task['input'] for task in tasks if 'input' in task]
+    tokenizer = load_tokenizer(model.config.tokenizer, model.config.vocab_size)
+    device, (rank, world), rows = model.mode_tokens.device, rank_and_world(), []
+    batches = list(batched(range(len(tasks)), batch_size * world))
+    for numbers in tqdm(batches, leave=False, disable=True if rank else None):
+        batch = []
+        if share := numbers[rank::world]:
+            batch = sample_batch(model, tokenizer, share, seed, device, sampling, given, encoder,
+                                 watch)
+        batch = sorted(sum(gather(batch), []), key=itemgetter('id'))
+        batch = [tasks[row['id']] | row for row in batch]
+        if file and rank == 0:
+            add_lines(file, batch, 'a' if rows else 'w')
+        rows += batch
+    return rows
 
 
 def load_model(init_from, out_dir, device, bf16, compile):
@@ -235,9 +257,8 @@ if __name__ == '__main__':
     tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
     sampling = resolve_sampling(c, **config)
     tasks = read_tasks(config, named, source, tokenizer, c)
-    given = encoder = None
-    if c.max_input_length or prompt:
-        given = [task.get('input', prompt) for task in tasks]
+    encoder = None
+    if 'input' in tasks[0]:
         encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)
     make_out_dir(out_dir)
     if html:
@@ -245,8 +266,8 @@ if __name__ == '__main__':
     facts = dict(model=source, device=about, seed=seed, length=c.max_length) | sampling
     print(', '.join(f'{name}: {value}' for name, value in facts.items()))
 
-    # ---- sample ----------------------------------------------------------------------------------
-    rows, frames = [], []
+    # ---- sample; what is done is in the file at once ---------------------------------------------
+    frames, file = [], f'{out_dir}/samples.jsonl'
     watched = moments(sampling['steps'], trace or (48 if html else 0))
 
     def take_frame(numbers, given, i, t, z):
@@ -256,20 +277,9 @@ if __name__ == '__main__':
             if trace:
                 show(frames[-1])
 
-    texts = sample_texts(model, tokenizer, range(len(tasks)), batch_size, seed, device, sampling,
-                         given, encoder, take_frame)
-    bar = tqdm(texts, total=len(tasks), disable=bool(trace) or None)
-    on_signals(signal.default_int_handler)          # all of them as Ctrl-C
-    try:
-        with autocast(device, bf16):
-            for row in bar:
-                rows.append(row | tasks[row['id']])
-
-    # ---- write, whatever ended it: the texts that are done ---------------------------------------
-    finally:
-        if rows:
-            write_jsonl(f'{out_dir}/samples.jsonl', rows)
-            print(f"{len(rows)} of {len(tasks)} texts in {out_dir}/samples.jsonl")
+    with autocast(device, bf16):
+        rows = sample_texts(model, encoder, tasks, batch_size, seed, sampling, file, take_frame)
+    print(f"{len(rows)} texts in {file}")
     if html:
         write_page(html, frames, tasks[:8], facts)
 

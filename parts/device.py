@@ -142,17 +142,11 @@ TIME_IS_UP = 1000   # a reason to stop, beside the numbers of signals
 signals = []        # numbers of those that came
 
 
-def on_signals(handler):
-    """What to do at those that end a process, where it does not ignore them, as under nohup."""
-    # of a system, a person, a lost terminal; what schedulers send some time before they kill
-    for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'):
-        number = getattr(signal, name, signal.SIGINT)       # Windows has the first two
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
 def note_signals():
-    """SIGTERM, Ctrl-C and their like ask to save and stop; a third Ctrl-C interrupts."""
+    """
+    SIGTERM, Ctrl-C and their like ask to save and stop, where the process does not ignore them, as
+    under nohup; a third Ctrl-C interrupts.
+    """
     def note(number, frame):
         signals.append(number)
         # the second may be of the same Ctrl-C: the terminal and torchrun both send it
@@ -160,7 +154,11 @@ def note_signals():
             raise KeyboardInterrupt
 
     signals.clear()
-    on_signals(note)
+    # of a system, a person, a lost terminal; what schedulers send some time before they kill
+    for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'):
+        number = getattr(signal, name, signal.SIGINT)       # Windows has the first two
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
 
 
 def should_stop(started, max_minutes):

@@ -45,8 +45,8 @@ def unknown_in(text, tokenizer):
 def read_tasks(config, named, source, tokenizer, c):
     """
     What the settings of sample.py, config, of which those named were set, ask of the model source
-    -> a dict for each text: with conditions 'input', perhaps 'target'. UserError for what it cannot
-    take; what it does not know, or cuts, of conditions is said.
+    -> a dict for each text: 'input', the condition or prompt, if any, perhaps 'target'. UserError
+    for what it cannot take; what it does not know, or cuts, of conditions is said.
     """
     asked, count = named & {'input', 'input_file', 'prompt'}, config['num_samples']
     if not c.max_input_length:
@@ -54,7 +54,7 @@ def read_tasks(config, named, source, tokenizer, c):
             raise UserError(f"{source} is a model without conditions; it takes --prompt")
         for complaint in complaints([config['prompt']], tokenizer, c):
             raise UserError(f"prompt={config['prompt']!r}: {complaint}")
-        return [{}] * count
+        return [dict(input=config['prompt']) if config['prompt'] else {}] * count
 
     if asked not in ({'input'}, {'input_file'}):
         raise UserError(f"{source} is a model with conditions; give --input or --input_file")

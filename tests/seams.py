@@ -63,7 +63,7 @@ def main(source, data_dir, dataset, n):
     def clean(*args, noisy_cond, **kwargs):
         return held(*args, **kwargs)
 
-    free = list(sample.sample_texts(model, tokenizer, range(len(rows)), 50, 0, device, sampling))
+    free = sample.sample_texts(model, None, [{}] * len(rows), 50, 0, sampling)
     for name, part in (('middle third', (1 / 3, 2 / 3)), ('second half', (0.5, 1))):
         sums = {}
         for i, ids in enumerate(rows):
@@ -74,7 +74,7 @@ def main(source, data_dir, dataset, n):
                 sample.generate = generate
                 # what is given are ids, not a text
                 sample.encode_given = lambda given, tokenizer, c: given
-                text, = sample.sample_texts(model, tokenizer, [i], 1, 0, device, sampling,
+                text, = sample.sample_batch(model, tokenizer, [i], 0, device, sampling,
                                             {i: row}, encoder)
                 filled[kind] = text['ids']
             for kind, ids_of in filled.items():

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from configurator import UserError
 from model import ELF, ELFConfig, TextEncoder
 from parts.prompt import encode_given, known_tokens, texts_in, unknown_in
-from sample import decode, generate, resolve_sampling, sample_texts
+from parts.data import batched
+from sample import decode, generate, resolve_sampling, sample_batch
 
 T5 = os.path.join(os.path.dirname(ROOT), 'shared', 'data', 't5_tokenizer')
 CPU = torch.device('cpu')
@@ -82,7 +83,7 @@ def test_what_is_known_is_as_noisy_as_all_else(sampler, gamma):
 
 
 def test_the_model_is_shown_a_prompt_in_noise(folder, letters):
-    """What sample_texts asks of generate: clean latents would be all known from the first step."""
+    """What sample_batch asks of generate: clean latents would be all known from the first step."""
     model = ELF.from_pretrained(str(folder))
     c, encoder, calls = model.config, TextEncoder(model.config.encoder), []
     (ids,), (known,) = known_tokens([encode_given('abcdefghijkl', letters, c)], c)
@@ -94,7 +95,7 @@ def test_the_model_is_shown_a_prompt_in_noise(folder, letters):
     model.denoise = noted
     sampling = resolve_sampling(c) | dict(grid='uniform', sampler='ode')
     prompts = ['abcdefghijkl'] * 8
-    list(sample_texts(model, letters, range(8), 8, 5, CPU, sampling, prompts, encoder))
+    sample_batch(model, letters, range(8), 5, CPU, sampling, prompts, encoder)
     assert len(calls) == 5
     for z, t in calls:
         noise = (z - t * cond)[:, known] / (1 - t) / c.noise_scale          # (8, 12, 16)
@@ -109,8 +110,9 @@ def test_known_tokens_come_out_as_given_and_text_i_depends_on_seed_and_i(folder,
 
     def texts(numbers, batch_size, text):
         torch.manual_seed(batch_size)
-        rows = list(sample_texts(model, letters, numbers, batch_size, 5, CPU, sampling, [text] * 6,
-                                 encoder, watch))
+        rows = [row for batch in batched(numbers, batch_size)
+                for row in sample_batch(model, letters, batch, 5, CPU, sampling, [text] * 6,
+                                        encoder, watch)]
         given = encode_given(text, letters, c)
         for row in rows:
             ids = row['ids']
@@ -139,7 +141,7 @@ def test_an_eos_in_a_hole_ends_nothing(folder, letters):
     encoder = TextEncoder(model.config.encoder)
     sampling = resolve_sampling(model.config) | dict(grid='uniform')
     for text, ids in (('a____b', [4, 1, 1, 1, 1, 5]), ('ab___', [4, 5, 1, 1, 1])):
-        row, = sample_texts(model, letters, [0], 1, 0, CPU, sampling, [text], encoder)
+        row, = sample_batch(model, letters, [0], 0, CPU, sampling, [text], encoder)
         assert row == dict(id=0, generated='ab', ids=ids)
 
 # --------------------------------------------------------------------------------------------------
@@ -267,7 +269,7 @@ def test_a_condition_that_the_model_does_not_know_is_answered_with_a_note(run, f
     out = run('sample.py', f'--init_from={folder}/tasks', f'--out_dir={tmp_path}', '--device=cpu',
               '--input=aB7')
     assert "the model was not trained on 'B 7' and cannot read it (in 1 of 1 texts given)" in out
-    assert '1 of 1 texts in ' in out and 'longest' not in out
+    assert '1 texts in ' in out and 'longest' not in out
 
 
 def test_conditions_are_encoded_as_in_training(letters):
