@@ -28,7 +28,7 @@ from parts.prompt import encode_given, given_length, known_tokens, read_tasks, t
 # -------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); samples.jsonl is written here
 init_from = ''              # instead: a published checkpoint, file, folder or hub id
-num_samples = 8             # texts; with conditions, unless given, one for each of them
+num_samples = 0             # texts, 0 = 8, or one for each condition
 input = ''                  # condition of a conditional model (a text to translate, a number ...)
 input_file = ''             # or many: a .jsonl with 'input' (or 'source') a line, perhaps 'target'
 prompt = ''                 # how each text starts, for a model without conditions: not trained on
@@ -245,8 +245,7 @@ def resolve_sampling(c, **settings):
 
 if __name__ == '__main__':
     # ---- read what is given ----------------------------------------------------------------------
-    named = set()
-    config = configure(globals(), given=named)
+    config = configure(globals())
     if rank_and_world()[1] > 1:
         raise UserError("sample.py is one process: start it with python; "
                         "eval.py shares its texts among the ranks of a torchrun")
@@ -256,7 +255,7 @@ if __name__ == '__main__':
     c = model.config
     tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
     sampling = resolve_sampling(c, **config)
-    tasks = read_tasks(config, named, source, tokenizer, c)
+    tasks = read_tasks(config, source, tokenizer, c)
     encoder = None
     if 'input' in tasks[0]:
         encoder = TextEncoder(c.encoder, c.latent_mean, c.latent_std).to(device)

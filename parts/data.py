@@ -60,24 +60,20 @@ def open_bins(data_dir, dataset):
     return meta
 
 
-def aside(folder):
-    """Where a set lies while a new one takes its place."""
-    return folder.with_name(f'.{folder.name}.old')
-
-
 def swap_in(new, folder):
     """Put a new set in the place of the old; finish_swap mends what a kill in between leaves."""
-    shutil.rmtree(aside(folder), ignore_errors=True)
+    aside = folder.with_name(f'.{folder.name}.old')
+    shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
-        folder.rename(aside(folder))
+        folder.rename(aside)
     new.rename(folder)
-    shutil.rmtree(aside(folder), ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def finish_swap(folder):
     """Put a set back that was moved aside by a swap_in that was killed between its two renames."""
     with suppress(OSError):         # there is none, its place is taken, another rank was faster
-        aside(folder).rename(folder)
+        folder.with_name(f'.{folder.name}.old').rename(folder)
 
 
 def check_bins(meta, config):

@@ -42,19 +42,19 @@ def unknown_in(text, tokenizer):
     return ' '.join(text[a:b] for a, b in sorted(unknown))
 
 
-def read_tasks(config, named, source, tokenizer, c):
+def read_tasks(config, source, tokenizer, c):
     """
-    What the settings of sample.py, config, of which those named were set, ask of the model source
-    -> a dict for each text: 'input', the condition or prompt, if any, perhaps 'target'. UserError
-    for what it cannot take; what it does not know, or cuts, of conditions is said.
+    What the settings of sample.py ask of the model source -> a dict for each text: 'input', the
+    condition or prompt, if any, perhaps 'target'. UserError for what it cannot take; what it does
+    not know, or cuts, of conditions is said.
     """
-    asked, count = named & {'input', 'input_file', 'prompt'}, config['num_samples']
+    asked = {name for name in ('input', 'input_file', 'prompt') if config[name]}
     if not c.max_input_length:
         if asked - {'prompt'}:
             raise UserError(f"{source} is a model without conditions; it takes --prompt")
         for complaint in complaints([config['prompt']], tokenizer, c):
             raise UserError(f"prompt={config['prompt']!r}: {complaint}")
-        return [dict(input=config['prompt']) if config['prompt'] else {}] * count
+        return [dict(input=config['prompt']) if asked else {}] * (config['num_samples'] or 8)
 
     if asked not in ({'input'}, {'input_file'}):
         raise UserError(f"{source} is a model with conditions; give --input or --input_file")
@@ -62,7 +62,7 @@ def read_tasks(config, named, source, tokenizer, c):
     tasks = [{k: row[k] for k in ('input', 'target') if k in row} for row in rows]
     for complaint in complaints([task['input'] for task in tasks], tokenizer, c):
         print(complaint)
-    return [tasks[i % len(tasks)] for i in range(count)] if 'num_samples' in named else tasks
+    return [tasks[i % len(tasks)] for i in range(config['num_samples'] or len(tasks))]
 
 
 def complaints(texts, tokenizer, c):

@@ -283,7 +283,7 @@ def test_a_condition_is_coded_cut_kept_and_left_out_of_the_text():
 
 
 @pytest.mark.parametrize('args, says', [
-    (['--num_samples=0'], "num_samples='0' must lie"), (['--batch_size=0'], "size='0' must lie"),
+    (['--num_samples=-1'], "samples='-1' must lie"), (['--batch_size=0'], "size='0' must lie"),
     (['--seed=-1'], "seed='-1' must lie"), (['--trace=-1'], "trace='-1' must lie"),
     (['--steps=0'], "steps='0' must lie"), (['--gamma=-2'], "gamma='-2' must lie"),
     (['--grid=cosine'], "'cosine' is not one of"), (['--sampler=heun'], "'heun' is not one of"),
