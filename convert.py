@@ -145,7 +145,6 @@ def main(source, folder):
         if 'state_dict' in ckpt:
             ckpt = read_lightning(ckpt)
         step = int(ckpt.get('iter_num', ckpt.get('step')) or step_in(path))
-        epoch = ckpt.get('epoch', 0)
         ema, params = networks_in(ckpt)
         settings = read_settings(path, ckpt, from_official_names(ema))
         config = ELFConfig(**settings | ckpt.get('of_lightning', {}))
@@ -155,7 +154,7 @@ def main(source, folder):
             net.load_state_dict(from_official_names(state), assign=True)        # they fit, all
     if params is ema:
         print(f"{path} has the EMA or the weights alone; taking them for both")
-    out = write_official(folder, params, ema, step, epoch, config)
+    out = write_official(folder, params, ema, step, ckpt.get('epoch', 0), config)
     print(f"{out}: EMA and weights of step {step}, no optimizer state")
 
 

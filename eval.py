@@ -135,10 +135,10 @@ def describe_val(val):
 
 def write_few(model, encoder, meta, file, seed):
     """Four texts of a model in training to a JSONL file; the first of them shown."""
-    conditions, sampling = [], resolve_sampling(model.config)
-    if model.config.max_input_length:       # of the bins, as there may be no val.jsonl
-        conditions = list(read_split(meta, 'val', 4))
-    rows = sample_texts(model, encoder, conditions or [{}] * 4, 4, seed, sampling, file)
+    c, tasks = model.config, [{}] * 4
+    if c.max_input_length:      # conditions of the bins, as there may be no val.jsonl
+        tasks = list(read_split(meta, 'val', 4))
+    rows = sample_texts(model, encoder, tasks, 4, seed, resolve_sampling(c), file)
     print0(f"{file} | {printable(rows[0]['generated'])[:120]}")
 
 # --------------------------------------------------------------------------------------------------
@@ -156,8 +156,7 @@ def read_samples(file, input_file='', meta=None):
     for row in rows:
         row['ids'] = encode(row['generated'])
     if input_file:
-        found = find_targets(read_inputs(input_file))
-        targets = dict(enumerate(found))
+        targets = dict(enumerate(find_targets(read_inputs(input_file))))
         for i, row in enumerate(rows):
             row['target'] = targets.get(row.get('id', i))
     if not find_targets(rows) and any('target' in row for row in rows):
@@ -281,7 +280,7 @@ if __name__ == '__main__':
 
     # ---- the table, and the same as a line of JSON -----------------------------------------------
     real_row = dict(real=measure(real, judges)) if real else {}
-    names = [k for k in ('source', *SWEPT[1:]) if len({row[k] for row in rows}) > 1]
+    names = [k for k in ('source', *SAMPLING) if len({row[k] for row in rows}) > 1]
     print_table({label(row, names): row for row in rows} | real_row)
     if sweep and real and judge != 'none':
         print("the judge's number at the entropy of real text:")

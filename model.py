@@ -433,9 +433,8 @@ class TextEncoder(nn.Module):
         self.model.eval().requires_grad_(False)
         self.latent_mean, self.latent_std = latent_mean, latent_std
         # how far a token sees in some layers, which may have configs of their own
-        windows = [getattr(part.config, 'sliding_window', None)
-                   for part in self.model.modules() if hasattr(part, 'config')]
-        self.window = min(filter(None, windows), default=math.inf)
+        configs = [part.config for part in self.model.modules() if hasattr(part, 'config')]
+        self.window = min(getattr(x, 'sliding_window', None) or math.inf for x in configs)
         self.try_masks(name)
 
     def try_masks(self, name):

@@ -23,7 +23,7 @@ from parts.data import add_lines, batched, load_tokenizer, printable, row_seed
 from parts.device import (DTYPES, autocast, cast_blocks, compile_in_place, gather,
                           rank_and_world, start)
 from parts.page import make_frame, moments, show, write_page
-from parts.prompt import encode_given, given_length, known_tokens, read_tasks, texts_in
+from parts.prompt import encode_given, known_tokens, read_tasks, texts_in
 
 # -------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); samples.jsonl is written here
@@ -168,8 +168,8 @@ def sample_batch(model, tokenizer, numbers, seed, device, sampling, given=None, 
     times = [time_grid(steps, grid, c, torch.Generator().manual_seed(s)) for s in seeds]
     z = torch.empty(len(numbers), c.max_length, c.latent_dim, device=device)
     z = c.noise_scale * randn(z, generators)
-    rows = [encode_given(given[i], tokenizer, c)[:given_length(c)] if given else []
-            for i in numbers]
+    limit = c.max_input_length or c.max_length
+    rows = [encode_given(given[i], tokenizer, c)[:limit] if given else [] for i in numbers]
     ids, known = [x.to(device) for x in known_tokens(rows, c)]
     # what is known is all that the encoder sees
     cond = encoder(ids, known, known) if given else None

@@ -31,11 +31,9 @@ def token_texts(ids, tokenizer):
 
 def make_frame(step, times, texts, tokenizer):
     """Step, times (B,), what texts_in gives -> frame."""
-    shown = []
-    for t, (ids, p) in zip(times.tolist(), texts):
-        tokens = token_texts(ids, tokenizer)
-        shown.append(dict(t=t, tokens=tokens, p=[round(x, 3) for x in p]))
-    return dict(step=step, texts=shown)
+    return dict(step=step, texts=[
+        dict(t=t, tokens=token_texts(ids, tokenizer), p=[round(x, 3) for x in p])
+        for t, (ids, p) in zip(times.tolist(), texts)])
 
 
 def show(frame):

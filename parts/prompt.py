@@ -14,7 +14,7 @@ HOLE = -1       # stands for a token that the model is to write
 def encode_given(text, tokenizer, c):
     """
     A condition -> its ids and an EOS. A prompt -> its ids, a HOLE for each of three or more
-    underscores in a row. The model reads the first given_length(c) of them.
+    underscores in a row.
     """
     (_, ids, _), (_, joined, _) = encode([text, ' a'], tokenizer)
     if c.max_input_length:
@@ -26,10 +26,6 @@ def encode_given(text, tokenizer, c):
     for part, ids, _ in encode(re.split('(___+)', text), tokenizer):
         row += [HOLE] * len(part) if part.startswith('___') else ids
     return row
-
-
-def given_length(c):
-    return c.max_input_length or c.max_length
 
 
 def unknown_in(text, tokenizer):
@@ -73,8 +69,9 @@ def complaints(texts, tokenizer, c):
         yield (f"the model was not trained on {unknown[0]!r} and cannot read it "
                f"(in {len(unknown)} of {len(texts)} texts given)")
     longest = max(len(encode_given(text, tokenizer, c)) for text in texts)
-    if longest > given_length(c):
-        yield f"the longest text has {longest} tokens; the model reads {given_length(c)}"
+    limit = c.max_input_length or c.max_length
+    if longest > limit:
+        yield f"the longest text has {longest} tokens; the model reads {limit}"
 
 
 def known_tokens(rows, c):
