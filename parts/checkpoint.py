@@ -139,7 +139,8 @@ def where_to_start(init_from, out_dir, overwrite):
 
 def fingerprint(meta):
     """What of a dataset must be the same when a run goes on -> flat dict of plain values."""
-    found = dict(meta['checksums'], latent_mean=meta['latent_mean'], latent_std=meta['latent_std'])
+    found = {name: meta[name] for name in ('rows', 'vocab_size', 'latent_mean', 'latent_std')}
+    found |= meta['checksums']
     for part in PARTS:
         paths = [Path(meta[part], name)
                  for name in ('model.safetensors', 'tokenizer.json', 'spiece.model')]

@@ -19,7 +19,8 @@ import prepare
 import pydocs
 from configurator import UserError
 from model import ELFConfig, TextEncoder
-from parts.data import get_rows, open_bins, open_split, read_row, sha256
+from parts.checkpoint import fingerprint
+from parts.data import FILES, get_rows, open_bins, open_split, read_row, sha256
 from parts.prompt import unknown_in
 from parts.toy import in_words, neighbour_vectors, train_tokenizer
 
@@ -117,11 +118,11 @@ def test_a_text_file_end_to_end(make, tmp_path, text, args):
     assert sorted(' '.join(whole).split()) == sorted(words)
     if args != SUBWORDS:        # there a space is part of its word
         assert all(row == row.strip() and row for row in whole)
-    # a resume can see from the checksums if anything was made anew
-    own = {'tokenizer/tokenizer.json', 'encoder/model.safetensors'}
-    assert own < meta['checksums'].keys() and len(meta['checksums']) == 6
-    for file, checksum in meta['checksums'].items():
-        assert sha256(os.path.join(meta['dir'], file)) == checksum
+    # a resume can see if anything was made anew
+    made = [*FILES, 'tokenizer/tokenizer.json', 'encoder/model.safetensors']
+    assert meta['checksums'].keys() == set(FILES)
+    assert fingerprint(meta).items() >= {
+        file: sha256(os.path.join(meta['dir'], file)) for file in made}.items()
     # the latents are of the scale that meta.json says
     encoder = TextEncoder(meta['encoder'], meta['latent_mean'], meta['latent_std'])
     ids, valid, _ = get_rows(meta, 'train', range(40), ELFConfig(max_length=32))
@@ -133,14 +134,15 @@ def test_a_text_file_end_to_end(make, tmp_path, text, args):
 def test_the_same_twice_and_another_encoder_with_another_seed(make, tmp_path, text):
     file = write(tmp_path / 'my.txt', text)
     a = make(file)
-    weights = TextEncoder(a['encoder']).state_dict()
+    weights, made = TextEncoder(a['encoder']).state_dict(), fingerprint(a)
     b = make(file)
-    assert a == b
+    assert a == b and fingerprint(b) == made
     again = TextEncoder(b['encoder']).state_dict()
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     c = make(file, '--seed=1')
-    changed = {name for name in a['checksums'] if a['checksums'][name] != c['checksums'][name]}
-    assert changed == {'encoder/model.safetensors'} and c['latent_std'] != a['latent_std']
+    again = fingerprint(c)
+    changed = {name for name in made if made[name] != again[name]}
+    assert changed == {'encoder/model.safetensors', 'latent_std', 'latent_mean'}
 
 
 def test_latents_measured_given_and_published(make, tmp_path, text, bins, tok, monkeypatch):

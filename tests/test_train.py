@@ -482,7 +482,7 @@ def test_each_setting_has_one_default_and_is_read():
         # some are handed over all at once, and read by name
         read |= dict(zip(('train.py', 'sample.py'), (
             model_settings | {'wandb_log', 'wandb_project'},
-            {'input_file', 'num_samples'}))).get(script, set())
+            {'input', 'input_file', 'prompt', 'num_samples'}))).get(script, set())
         assert settings_of(path).keys() <= read, script
 
 
