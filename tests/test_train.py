@@ -24,7 +24,7 @@ from model import ELF, MODELS, ELFConfig
 from parts.checkpoint import save_checkpoint, where_to_start
 from parts.data import FILES, sha256, write_split
 from parts.device import pick_device, start
-from sample import resolve_sampling
+from sample import SAMPLING, resolve_sampling
 
 TRAIN = os.path.join(ROOT, 'train.py')
 
@@ -480,9 +480,9 @@ def test_each_setting_has_one_default_and_is_read():
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     read.add(node.value)
         # some are handed over all at once, and read by name
-        read |= dict(zip(('train.py', 'sample.py'), (
+        read |= dict(zip(('train.py', 'eval.py', 'sample.py'), (
             model_settings | {'wandb_log', 'wandb_project'},
-            {'input', 'input_file', 'prompt', 'num_samples'}))).get(script, set())
+            set(SAMPLING), {'input', 'input_file', 'prompt', 'num_samples'}))).get(script, set())
         assert settings_of(path).keys() <= read, script
 
 
