@@ -179,8 +179,9 @@ def sample_batch(model, tokenizer, numbers, seed, device, sampling, given=None, 
         watch=watch and partial(watch, numbers, rows),
         noisy_cond=given and not c.max_input_length)
     texts = texts_in(rows, *decode(model, z, w), tokenizer, c)
-    return [dict(id=i, generated=tokenizer.decode(ids, skip_special_tokens=True), ids=ids)
-            for i, (ids, _) in zip(numbers, texts)]
+    return [
+        dict(id=i, generated=tokenizer.decode(ids, skip_special_tokens=True), ids=ids)
+        for i, (ids, _) in zip(numbers, texts)]
 
 
 def sample_texts(model, encoder, tasks, batch_size, seed, sampling, file='', watch=None):
@@ -232,7 +233,8 @@ def resolve_sampling(c, **settings):
     costs more than it brings. UserError for guidance without conditions.
     """
     own = {name: getattr(c, name) for name in SAMPLING}
-    given = {name: settings[name] for name in SAMPLING if settings.get(name, '') not in (-1, '')}
+    given = {name: settings[name] for name in SAMPLING
+             if settings.get(name, '') not in (-1, '')}
     steps = given.get('steps', c.steps)
     if given.get('cfg', 1) != 1 and not c.max_input_length:
         raise UserError(f"cfg={given['cfg']}: this is a model without conditions; drop it")

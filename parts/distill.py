@@ -64,7 +64,8 @@ def pd_target(teacher, z, times, w, x_prev, cond=None, cond_mask=None):
 
     # x at the start whose velocity there, held until the last stop, leads to z_end
     length = stops[-1] - stops[0]
-    target = z + (1 - stops[0]) / length.clamp(min=1e-6) * (z_end - z)
+    v = (z_end - z) / length.clamp(min=1e-6)
+    target = z + (1 - stops[0]) * v
     return torch.where(length < 1e-3, x, target)
 
 
@@ -82,7 +83,11 @@ def distill_loss(teacher, steps, net, x0, tokens, loss_mask, cond_mask, draws):
     n = r.n
     first_guess(teacher, r)         # the teacher's; both are fed it
     target = pd_target(
-        teacher, r.z[:n], times[r.order[:n]], r.w[:n], r.x_prev[:n],
+        teacher,
+        r.z[:n],
+        times[r.order[:n]],
+        r.w[:n],
+        r.x_prev[:n],
         cond=r.x0[:n],
         cond_mask=r.held[:n, :, 0])
     x_hat, logits = net(r.z, r.x_prev, r.t, r.w, n_decode=len(r.z) - n)
