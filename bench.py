@@ -37,7 +37,6 @@ compile = False
 # -------------------------------------------------------------------------------------------------
 
 CHOICES = dict(size=tuple(MODELS), ns_dtype=('float32', 'bfloat16'), dtype=DTYPES)
-AT_LEAST_1 = ('batch_size', 'max_length', 'sample_batch_size', 'sample_length', 'runs')
 # dense bfloat16 peak of a GPU in TFLOP/s, for the fraction of it that a step reaches
 PEAKS = {'B200': 2250, 'H200': 989, 'H100': 989, 'A100': 312, 'L40S': 362, '4090': 165, '3090': 71}
 

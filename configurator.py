@@ -28,8 +28,8 @@ NANOGPT = dict(
 SETTING = re.compile(r"^([a-z][a-z0-9_]*) *= *"
                      r"""(-?[\d._]+(?:[eE][+-]?\d+)?|'[^'\n]*'|"[^"\n]*"|True|False)"""
                      r" *(?:# *(.*))?$", re.MULTILINE)
-# lowest values; of other numbers it is 0
-LOWEST = dict(AT_LEAST_1=1, AT_LEAST_2=2, ABOVE_0=1e-9, MAY_BE_NEGATIVE=-1e15)
+# lowest values; of other whole numbers it is 1, of other fractions 0
+LOWEST = dict(MAY_BE_0=0, AT_LEAST_2=2, ABOVE_0=1e-9, MAY_BE_NEGATIVE=-1e15)
 
 
 @lru_cache
@@ -62,7 +62,7 @@ def check_value(g, name, value, where):
         raise UserError(f"{shown} is not one of {', '.join(map(repr, choices))}")
     if kind is str:
         return os.path.expanduser(value)
-    low, high = 0, 1 if name in g.get('AT_MOST_1', ()) else 1e15
+    low, high = int(kind is int), 1 if name in g.get('AT_MOST_1', ()) else 1e15
     for table, lowest in LOWEST.items():
         if name in g.get(table, ()):
             low = lowest

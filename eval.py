@@ -46,8 +46,8 @@ from parts.device import autocast, gather, print0, rank_and_world, start
 from parts.metrics import (bleu, entropy, exact_match, find_targets, gen_ppl,  # noqa: F401
                            make_judges, measure, over_runs, print_table, rouge)
 from parts.plots import at_equal_entropy, label, plot_losses, plot_sweep, read_rows  # noqa: F401
-from sample import (AT_LEAST_1, CHOICES, SAMPLING, load_model,  # noqa: F401, for configure
-                    resolve_sampling, sample_texts)
+from sample import (CHOICES, SAMPLING, load_model, resolve_sampling,  # noqa: F401, for configure
+                    sample_texts)
 
 # --------------------------------------------------------------------------------------------------
 out_dir = 'out'             # the model in its ckpt.pt (EMA); texts and metrics.jsonl go here
@@ -81,6 +81,7 @@ dtype = 'auto'              # of sampling: 'float32' or 'bfloat16'; the judge is
 compile = False             # torch.compile the network: a minute first, then faster
 # --------------------------------------------------------------------------------------------------
 
+MAY_BE_0 = ('eval_iters', 'seed')
 SWEPT = ('init_from', *SAMPLING)
 # texts that exist are scored as they are
 READ_WITH = dict.fromkeys(('sweep', 'num_samples', 'seeds', 'compile', *SWEPT), 'samples=')
@@ -121,7 +122,7 @@ def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, objective=
 
 
 def mean_over_ranks(losses):
-    """Each rank's list of {name: scalar on the device} -> {name: mean of all}; it waits."""
+    """Each rank's [{name: scalar on the device}] -> {name: mean of what is a number}; it waits."""
     mine = [{name: x.item() for name, x in parts.items()} for parts in losses]
     return DataFrame(sum(gather(mine), [])).mean().to_dict()
 
@@ -197,9 +198,7 @@ def combinations(text, settings):
 
 def open_model(meta, conditions, config, device, bf16):
     """-> model, its text encoder if it may be needed. UserError if it does not fit the data."""
-    init_from, out_dir = config['init_from'], config['out_dir']
-    source = init_from or out_dir
-    model = load_model(init_from, out_dir, device, bf16, config['compile'])
+    source, model = config['init_from'] or config['out_dir'], load_model(config, device, bf16)
     c, encoder = model.config, None
     if meta:
         check_fit(meta, c, source)

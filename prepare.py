@@ -63,7 +63,6 @@ seed = 0                # of the untrained encoder
 
 CHOICES = dict(pack=('words', 'paragraphs', 'texts', 'lines'),
                token_level=('chars', 'words', 'subwords'))
-AT_LEAST_1 = ('encoder_dim', 'vocab_size')
 AT_LEAST_2 = ('max_length',)
 ABOVE_0 = AT_MOST_1 = ('val_fraction',)
 

@@ -56,7 +56,7 @@ SAMPLING = ('steps', 'sampler', 'gamma', 'w', 'cfg', 'grid')     # -1 or '' = as
 SAMPLERS = ('ode', 'sde', 'sde_exact')
 GRIDS = ('logit_normal', 'quantile', 'uniform')
 CHOICES = dict(sampler=('', *SAMPLERS), grid=('', *GRIDS), dtype=DTYPES)
-AT_LEAST_1 = ('num_samples', 'batch_size', 'steps')
+MAY_BE_0 = ('seed',)
 
 
 def time_grid(steps, schedule, config, generator=None):
@@ -211,16 +211,17 @@ def sample_texts(model, encoder, tasks, batch_size, seed, sampling, file='', wat
     return rows
 
 
-def load_model(init_from, out_dir, device, bf16, compile):
+def load_model(config, device, bf16):
     """
-    The model of init_from, or of out_dir, which is never looked for on the hub, ready to sample.
-    UserError.
+    The model of the setting init_from, or of out_dir, which is never looked for on the hub, ready
+    to sample. UserError.
     """
-    if not init_from and not os.path.isdir(out_dir):
-        raise UserError(f"no model in {out_dir}: train one, name its folder with --out_dir, "
+    source = config['init_from'] or config['out_dir']
+    if not config['init_from'] and not os.path.isdir(source):
+        raise UserError(f"no model in {source}: train one, name its folder with --out_dir, "
                         "or a published one with --init_from=org/repo")
-    model = ELF.from_pretrained(init_from or out_dir).to(device)
-    compiled = compile and compile_in_place(model, device=device)
+    model = ELF.from_pretrained(source).to(device)
+    compiled = config['compile'] and compile_in_place(model, device=device)
     if bf16:
         cast_blocks(model, compiled)
     return model
@@ -253,7 +254,7 @@ if __name__ == '__main__':
                         "eval.py shares its texts among the ranks of a torchrun")
     device, bf16, about = start(device, dtype)
     source = init_from or out_dir
-    model = load_model(init_from, out_dir, device, bf16, compile)
+    model = load_model(config, device, bf16)
     c = model.config
     tokenizer = load_tokenizer(c.tokenizer, c.vocab_size)
     sampling = resolve_sampling(c, **config)
@@ -267,7 +268,7 @@ if __name__ == '__main__':
     facts = dict(model=source, device=about, seed=seed, length=c.max_length) | sampling
     print(', '.join(f'{name}: {value}' for name, value in facts.items()))
 
-    # ---- sample; what is done is in the file at once ---------------------------------------------
+    # ---- sample: what is done is in the file at once ---------------------------------------------
     frames, file = [], f'{out_dir}/samples.jsonl'
     watched = moments(sampling['steps'], trace or (48 if html else 0))
 
@@ -278,9 +279,9 @@ if __name__ == '__main__':
             if trace:
                 show(frames[-1])
 
+    print(f"{len(tasks)} texts, to {file}")
     with autocast(device, bf16):
         rows = sample_texts(model, encoder, tasks, batch_size, seed, sampling, file, take_frame)
-    print(f"{len(rows)} texts in {file}")
     if html:
         write_page(html, frames, tasks[:8], facts)
 

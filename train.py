@@ -111,13 +111,11 @@ seed = 42                   # of initial weights, row order and all draws
 
 # -------------------------------------------------------------------------------------------------
 
-# configure() sees to these; other numbers start at 0
+# configure() sees to these; other numbers start at 1 if they are whole, else at 0
 CHOICES = dict(optimizer=('muon', 'adamw'), lr_schedule=('constant', 'cosine'), grid=GRIDS,
                ns_dtype=('float32', 'bfloat16'), pad_token=('pad', 'eos'), sampler=SAMPLERS,
                dtype=DTYPES)
-AT_LEAST_1 = ('batch_size', 'gradient_accumulation_steps', 'max_length', 'max_iters', 'steps',
-              'log_interval', 'eval_interval', 'eval_iters', 'save_interval', 'n_layer',
-              'n_embd', 'n_head', 'bottleneck', 'n_time', 'n_scale', 'n_mode')
+MAY_BE_0 = ('sample_interval', 'warmup_iters', 'seed')
 AT_MOST_1 = ('t_eps', 'self_cond_prob', 'decoder_prob', 'drop_cond_prob', 'ema_decay')
 ABOVE_0 = ('t_eps', 'w_min')
 MAY_BE_NEGATIVE = ('t_mean', 'decoder_mean')

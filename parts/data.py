@@ -94,7 +94,10 @@ def check_bins(meta, config):
 
 
 def check_fit(meta, c, source, *names):
-    """UserError if a model with the settings c, from source, is not one for these bins."""
+    """
+    UserError if a model with the settings c, from source, is not one for these bins; names: what
+    else must be alike.
+    """
     for name in ('vocab_size', 'latent_dim', *names):
         if getattr(c, name) != meta[name]:
             raise UserError(f"{source} does not fit: {name} is {getattr(c, name)} there, "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers.decoders import DecodeStream
+from tqdm import tqdm
 
 from parts.data import printable, to_json
 
@@ -40,7 +41,7 @@ def show(frame):
     """A line: the moment and the first text, as far as the terminal is wide."""
     text = frame['texts'][0]
     line = f"  t={text['t']:.2f} | {printable(''.join(text['tokens']))}"
-    print(line[:shutil.get_terminal_size().columns])
+    tqdm.write(line[:shutil.get_terminal_size().columns])       # beside a bar
 
 
 def write_page(file, frames, tasks, facts):

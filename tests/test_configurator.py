@@ -27,11 +27,12 @@ learning_rate = 6e-4        # peak, 0 = off
 offset = -1                 # negative
 compile = False             # faster # or not
 out_dir = 'out'             # where it goes
+empty = 3
 start = ''
 _hidden = 1
 sizes = [1, 2]
 CHOICES = dict(start=('', 'a', 'b', '42', 'true', 'é', '--x "y" # é\\n'))
-AT_LEAST_1 = ('batch_size',)
+MAY_BE_0 = ('empty',)
 AT_MOST_1 = ABOVE_0 = ('learning_rate',)
 MAY_BE_NEGATIVE = ('offset',)
 
@@ -47,7 +48,7 @@ if __name__ == '__main__':
         raise KeyError("a bug")
 '''.replace('ROOT', repr(ROOT))
 DEFAULTS = dict(batch_size=64, learning_rate=6e-4, offset=-1, compile=False, out_dir='out',
-                start='')
+                empty=3, start='')
 
 
 @pytest.fixture
@@ -76,6 +77,7 @@ def script(tmp_path, monkeypatch):
     ([], '', {}),
     (['--batch_size=32'], '', dict(batch_size=32)),
     (['--batch_size=1_000', '--offset=-5'], '', dict(batch_size=1000, offset=-5)),
+    (['--empty=0'], '', dict(empty=0)),
     (['--learning_rate=1'], '', dict(learning_rate=1.0)),                       # int to float
     (['--learning_rate=5e-5'], '', dict(learning_rate=5e-5)),                   # a number, not text
     (['--learning_rate=.5'], '', dict(learning_rate=0.5)),

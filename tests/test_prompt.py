@@ -269,7 +269,7 @@ def test_a_condition_that_the_model_does_not_know_is_answered_with_a_note(run, f
     out = run('sample.py', f'--init_from={folder}/tasks', f'--out_dir={tmp_path}', '--device=cpu',
               '--input=aB7')
     assert "the model was not trained on 'B 7' and cannot read it (in 1 of 1 texts given)" in out
-    assert '1 texts in ' in out and 'longest' not in out
+    assert '1 texts, to ' in out and 'longest' not in out
 
 
 def test_conditions_are_encoded_as_in_training(letters):

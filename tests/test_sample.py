@@ -192,7 +192,8 @@ def test_blocks_in_bfloat16_give_what_autocast_gives(official, compiled):  # noq
 
 @pytest.mark.parametrize('bf16', [False, True])
 def test_a_model_comes_ready_to_sample(tiny_model, bf16):
-    model = load_model('', str(tiny_model), CPU, bf16, False)
+    config = dict(init_from='', out_dir=str(tiny_model), compile=False)
+    model = load_model(config, CPU, bf16)
     w3 = model.blocks[0].mlp.w3.weight
     assert w3.dtype == (torch.bfloat16 if bf16 else torch.float32) and w3.requires_grad != bf16
 

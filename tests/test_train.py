@@ -457,7 +457,7 @@ def test_where_to_start(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # what is refused
 
-TABLES = 'CHOICES', 'AT_LEAST_1', 'AT_MOST_1', 'ABOVE_0', 'MAY_BE_NEGATIVE', 'READ_WITH'
+TABLES = 'CHOICES', 'MAY_BE_0', 'AT_MOST_1', 'ABOVE_0', 'MAY_BE_NEGATIVE', 'READ_WITH'
 
 
 def test_each_setting_has_one_default_and_is_read():
@@ -482,7 +482,8 @@ def test_each_setting_has_one_default_and_is_read():
         # some are handed over all at once, and read by name
         read |= dict(zip(('train.py', 'eval.py', 'sample.py'), (
             model_settings | {'wandb_log', 'wandb_project'},
-            set(SAMPLING), {'input', 'input_file', 'prompt', 'num_samples'}))).get(script, set())
+            {*SAMPLING, 'compile'},
+            {'compile', 'input', 'input_file', 'prompt', 'num_samples'}))).get(script, set())
         assert settings_of(path).keys() <= read, script
 
 

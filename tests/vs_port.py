@@ -45,7 +45,6 @@ device = 'auto'
 # -------------------------------------------------------------------------------------------------
 
 CHOICES = dict(what=('train', 'loss', 'sample'), size=tuple(MODELS))
-AT_LEAST_1 = ('batch_size', 'max_length', 'steps', 'runs')
 
 
 def make_encoder(c, device):
