@@ -9,8 +9,7 @@ comments. A config file is Python and runs in a namespace of its own, so it may 
 names start with an underscore. Everything else is refused with the reason, in one line.
 """
 # before torch: see there
-from parts.process import (UserError, one_line, one_line_errors, open_streams,
-                           rank_and_world)
+from parts.process import UserError, begin, one_line, rank_and_world
 
 import ast
 import difflib
@@ -88,25 +87,23 @@ def run_config_file(arg, script):
     return found
 
 
-def configure(g, argv=None, given=None):
+def configure(g, given=None):
     """
     Override the settings in g, the globals of a script -> dict of all settings. given: a set that
     takes the names that were set. UserError for anything unknown, of another type or out of range,
     or that nothing would read: READ_WITH in g says what a setting needs, 'other' or 'other=value'.
     """
-    sys.excepthook = one_line_errors
-    open_streams()
-    argv = sys.argv[1:] if argv is None else argv
+    begin()
     given = set() if given is None else given
     settings = settings_of(g['__file__'])
 
-    if '--help' in argv or '-h' in argv:
+    if '--help' in sys.argv or '-h' in sys.argv:
         print(g['__doc__'].strip())
         print("\nsettings (--name=value, or name = value in a config file):")
         for name, (default, comment) in settings.items():
             print(f"  {f'--{name}={default}':34} {comment}".rstrip())
         sys.exit(0)
-    for arg in argv:
+    for arg in sys.argv[1:]:
         name, equals, value = arg.removeprefix('--').partition('=')
         if not arg.startswith('--'):
             layer = run_config_file(arg, g['__file__'])

@@ -11,7 +11,7 @@ are folders here go along, so DST, a new folder, is whole: it can be moved, or u
 there.
 """
 # before torch: see there
-from parts.process import from_hub, one_line_errors, open_streams
+from parts.process import begin, from_hub
 
 import os
 import re
@@ -159,8 +159,7 @@ def main(source, folder):
 
 
 if __name__ == '__main__':
-    sys.excepthook = one_line_errors
-    open_streams()
+    begin()
     if len(sys.argv) == 3:
         main(*sys.argv[1:])
     else:

@@ -111,20 +111,22 @@ def estimate_loss(net, encoder, meta, eval_iters, batch_size, device, objective=
         rows = (k * batch_size + np.arange(batch_size)) % meta['rows']['val']
         batch = encode_rows(encoder, get_rows(meta, 'val', rows, c), draws, c, device)
         _, parts = objective(net, *batch, draws)
-        mine.append(dict(batch=k, **{name: x.item() for name, x in parts.items()}))
+        mine += [(k, name, x.item()) for name, x in parts.items()]
     # in the order of the batches, whoever computed them: a sum's last bits depend on it
-    table = DataFrame(sum(gather(mine), []), columns=['batch', 'l2', 'ce']).sort_values('batch')
-    bins = table.groupby(table.batch % T_BINS).l2.mean()
-    l2, ce, p = bins.mean(), table.ce.mean(), c.decoder_prob
+    table = DataFrame(sorted(sum(gather(mine), [])), columns=['batch', 'part', 'x'])
+    l2, ce = [table[table.part == name] for name in ('l2', 'ce')]
+    bins = l2.groupby(l2.batch % T_BINS).x.mean(skipna=False).reindex(range(T_BINS))
+    l2, ce, p = bins.mean(), ce.x.mean(skipna=False), c.decoder_prob
     # a branch that is off has no mean
     loss = sum(share * x for share, x in ((1 - p, l2), (p, ce)) if share)
     return dict(loss=loss, l2=l2, ce=ce, l2_bins=bins.to_list())
 
 
 def mean_over_ranks(losses):
-    """Each rank's [{name: scalar on the device}] -> {name: mean of what is a number}; it waits."""
-    mine = [{name: x.item() for name, x in parts.items()} for parts in losses]
-    return DataFrame(sum(gather(mine), [])).mean().to_dict()
+    """Each rank's [{name: scalar on the device}] -> {name: mean of all there are}; it waits."""
+    mine = [(name, x.item()) for parts in losses for name, x in parts.items()]
+    table = DataFrame(sum(gather(mine), []), columns=['part', 'x'])
+    return table.groupby('part', sort=False).x.mean(skipna=False).to_dict()
 
 
 def describe_val(val):
@@ -157,9 +159,10 @@ def read_samples(file, input_file='', meta=None):
     for row in rows:
         row['ids'] = encode(row['generated'])
     if input_file:
-        targets = dict(enumerate(find_targets(read_inputs(input_file))))
+        found = find_targets(read_inputs(input_file))
+        targets = {str(i): target for i, target in enumerate(found)}
         for i, row in enumerate(rows):
-            row['target'] = targets.get(row.get('id', i))
+            row['target'] = targets.get(str(row.get('id', i)))
     if not find_targets(rows) and any('target' in row for row in rows):
         raise UserError(f"{file}: not each text has a 'target', its own or that of the line of "
                         "input_file which its 'id' names")
@@ -268,7 +271,7 @@ if __name__ == '__main__':
                     runs.append(sample_texts(*models[source], texts or [{}] * num_samples,
                                              batch_size, s, sampling, file))
             if rank == 0:
-                row |= over_runs([measure(run, judges) for run in runs or [texts]])
+                row |= over_runs([measure(run, judges, len(real)) for run in runs or [texts]])
                 if sweep:
                     add_lines(log, [row])
         rows += done[:1] or [row]
@@ -278,7 +281,7 @@ if __name__ == '__main__':
         sys.exit()
 
     # ---- the table, and the same as a line of JSON -----------------------------------------------
-    real_row = dict(real=measure(real, judges)) if real else {}
+    real_row = dict(real=measure(real, judges, len(real))) if real else {}
     names = [k for k in ('source', *SAMPLING) if len({row[k] for row in rows}) > 1]
     print_table({label(row, names): row for row in rows} | real_row)
     if sweep and real and judge != 'none':

@@ -32,8 +32,8 @@ import numpy as np
 from tqdm import tqdm
 
 from model import ELFConfig, TextEncoder
-from parts.data import (FILES, batched, encode, finish_swap, get_rows, load_tokenizer, open_bins,
-                        open_split, read_jsonl, read_lines, sha256, swap_in, write_jsonl,
+from parts.data import (FILES, add_lines, batched, encode, finish_swap, get_rows, load_tokenizer,
+                        open_bins, open_split, read_jsonl, read_lines, sha256, swap_in,
                         write_split)
 from parts.process import from_hub
 from parts.toy import numbers, save_encoder, train_tokenizer
@@ -413,7 +413,7 @@ def split_words(texts, tok):
         # a word starts where there is white space before or at a token
         around = ' ' + text
         starts = [i for i, (start, _) in enumerate(spans)
-                  if around[start].isspace() or around[start + 1].isspace()]
+                  if i == 0 or around[start].isspace() or around[start + 1].isspace()]
         for i, j in pairwise([*starts, len(ids)]):
             yield ids[i:j], text[spans[i][0]:spans[j - 1][1]].isspace()
 
@@ -485,7 +485,7 @@ def write_references(folder, files, names, tok):
         print("val.jsonl: the set has no texts, so what its tokenizer makes of the ids")
         pairs = (tok.batch_decode(pair, skip_special_tokens=True)
                  for pair in read_split(files, names, 'val'))
-    write_jsonl(f'{folder}/val.jsonl', (dict(input=a, target=b) for a, b in pairs))
+    add_lines(f'{folder}/val.jsonl', (dict(input=a, target=b) for a, b in pairs))
 
 # --------------------------------------------------------------------------------------------------
 # encoder

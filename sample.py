@@ -144,14 +144,13 @@ def randn(z, generators):
 @torch.no_grad()
 def decode(model, z, w):
     """The most likely token at each position of a latent (B, T, C) -> ids, their p, both (B, T)."""
-    ids, p = [], []
+    parts = []
     # as many rows at a time as make a gigabyte of logits
     for rows in z.split(max(1, 2**28 // (z.shape[1] * model.config.vocab_size))):
         logits = model.decode(rows, rows.new_full((len(rows),), w))
         best = logits.max(dim=-1)
-        ids.append(best.indices)
-        p.append((best.values - logits.logsumexp(dim=-1)).exp())
-    return torch.cat(ids), torch.cat(p)
+        parts.append((best.indices, (best.values - logits.logsumexp(dim=-1)).exp()))
+    return tuple(map(torch.cat, zip(*parts)))
 
 
 def sample_batch(model, tokenizer, numbers, seed, device, sampling, given=None, encoder=None,
@@ -190,9 +189,9 @@ def sample_texts(model, encoder, tasks, batch_size, seed, sampling, file='', wat
     and gets all of it; the first one adds it to a file, if one is named: a kill leaves what is
     done.
 
-    A task may have an 'input': a condition, or how the text starts; encoder: the TextEncoder for
-    it, or None. sampling: what resolve_sampling gives. watch(numbers, ids of what is given, i, t,
-    z) is called at each step of a batch, see generate.
+    All tasks or none have an 'input': a condition, or how the text starts; encoder: the TextEncoder
+    for it, or None. sampling: what resolve_sampling gives. watch(numbers, ids of what is given, i,
+    t, z) is called at each step of a batch, see generate.
     """
     given = [task['input'] for task in tasks if 'input' in task]
     tokenizer = load_tokenizer(model.config.tokenizer, model.config.vocab_size)

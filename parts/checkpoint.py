@@ -5,6 +5,7 @@ ckpt.pt and the one before it, ckpt_prev.pt, are written whole or not at all and
 needs to go on, in tensors and plain types only. A tokenizer and an encoder that are no names on the
 hub lie beside them, in tokenizer/ and encoder/, so that the folder can be moved and used anywhere.
 """
+import errno
 import os
 import re
 import shutil
@@ -27,12 +28,9 @@ from parts.process import UserError, from_hub, one_line, rank_and_world
 # ours: whole or not at all
 
 def make_out_dir(out_dir):
-    """Make the folder, and sure, before hours of work, that it can be written to. UserError."""
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=out_dir).close()
-    except OSError as e:
-        raise UserError(f"the folder {out_dir!r} cannot be written: {e.strerror}") from None
+    """Make the folder, and sure, before hours of work, that it can be written to. OSError."""
+    os.makedirs(out_dir, exist_ok=True)
+    tempfile.TemporaryFile(dir=out_dir).close()
 
 
 def lock(out_dir):
@@ -44,7 +42,9 @@ def lock(out_dir):
     except Timeout:
         raise UserError(f"another run is writing {out_dir}; "
                         "stop it or choose another --out_dir") from None
-    except OSError:         # Lustre and NFS may come without
+    except OSError as e:        # Lustre and NFS may come without
+        if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
         print(f"no file locks here: take care that only one run writes {out_dir}")
     return held
 

@@ -100,8 +100,9 @@ def check_fit(meta, c, source, *names):
     """
     for name in ('vocab_size', 'latent_dim', *names):
         if getattr(c, name) != meta[name]:
-            raise UserError(f"{source} does not fit: {name} is {getattr(c, name)} there, "
-                            f"{meta[name]} with {meta['dir']}; take what it was trained with")
+            raise UserError(f"{source} does not fit: {name} is {getattr(c, name)} there, and "
+                            f"{meta[name]} by {meta['dir']} or a setting; take the dataset and "
+                            "settings that it was trained with")
 
 
 def open_split(meta, split):
@@ -216,11 +217,10 @@ def encode(texts, tokenizer):
     Texts -> (text, its ids, where in it each stands) one after the other, made on all cores. '</s>'
     spelled out in a text is no EOS, but text; nothing where a tokenizer, T5's, cannot spell it.
     """
-    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
     for batch in batched(texts, 1000):
         codes = tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)
         for text, code in zip(batch, codes.encodings):
-            kept = [i not in ends for i in code.ids]
+            kept = [i != tokenizer.eos_token_id for i in code.ids]
             yield text, [*compress(code.ids, kept)], [*compress(code.offsets, kept)]
 
 
@@ -290,9 +290,3 @@ def add_lines(file, rows, mode='a'):
     with open(file, mode, encoding='utf-8') as f:
         for row in rows:
             f.write(to_json({k: v for k, v in row.items() if k != 'ids'}) + '\n')
-
-
-def write_jsonl(file, rows):
-    """The same to a new file, which is there whole or not at all."""
-    add_lines(file + '.tmp', rows, 'w')
-    os.replace(file + '.tmp', file)

@@ -248,11 +248,12 @@ def make_judges(judge, gpt2, train, device):
         yield lambda texts, ids: count_ids(judge_ids(texts, encode))
 
 
-def measure(rows, judges):
+def measure(rows, judges, n=0):
     """
     All metrics of one line of the table -> dict. Texts with targets are held against these; of
     others variety counts: entropy_own is over the ids given, mean over the texts that are not
-    blank. judges: functions of texts and their ids that give more metrics.
+    blank; n: texts that distinct_4 looks at, 0 = all. judges: functions of texts and their ids that
+    give more metrics.
     """
     texts, ids = [row['generated'] for row in rows], [row['ids'] for row in rows]
     full = [row['ids'] for row in rows if row['generated'].strip()]
@@ -264,7 +265,7 @@ def measure(rows, judges):
         error = math.sqrt(exact * (1 - exact) / len(rows))
         return out | rouge(texts, targets) | errors(texts, targets) | dict(
             bleu=bleu(texts, targets), exact=exact, exact_stderr=error)
-    return out | dict(entropy_own=mean([*map(entropy, full)]), distinct_4=distinct(ids))
+    return out | dict(entropy_own=mean([*map(entropy, full)]), distinct_4=distinct(ids[:n or None]))
 
 
 COLUMNS = ('exact exact_stderr length first_wrong bleu rouge1 rouge2 rougeL '

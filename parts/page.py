@@ -47,7 +47,7 @@ def show(frame):
 def write_page(file, frames, tasks, facts):
     """
     One HTML file that needs nothing else: a slider over the frames. tasks: a dict for each text,
-    with a condition its 'input' and perhaps 'target'; facts: a dict to show beside.
+    perhaps with 'input' and 'target'; facts: a dict to show beside.
     """
     template = Path(__file__).with_name('page.html').read_text('utf-8')
     data = to_json(dict(frames=frames, tasks=tasks, facts=facts))

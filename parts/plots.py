@@ -48,9 +48,8 @@ def at_equal_entropy(rows, real):
     found = {}
     points = DataFrame(rows).dropna(subset=[x, y]).sort_values(x)
     for (source, steps), line in points.groupby(['source', 'steps'], sort=False):
-        number = np.interp(real[x], line[x], line[y])
-        if not line[x].min() <= real[x] <= line[x].max():
-            number = 'not reached'
+        number = np.interp(real[x], line[x], line[y], np.nan, np.nan)
+        number = 'not reached' if np.isnan(number) else number
         found[f'{source}, {steps} steps'] = {y: number, x: real[x]}
     return found
 

@@ -62,7 +62,6 @@ class Unwatched:
     def write(self, text):
         with suppress(OSError, ValueError):     # nobody reads, no room; closed by the program
             self.stream.write(text)
-        return len(text)
 
     def flush(self):
         with suppress(OSError, ValueError):
@@ -72,8 +71,9 @@ class Unwatched:
         return getattr(self.stream, name)
 
 
-def open_streams():
-    """stdout and stderr that never raise, whatever they are connected to."""
+def begin():
+    """Errors in one line; stdout and stderr that never raise, whatever they are connected to."""
+    sys.excepthook = one_line_errors
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name) or open(os.devnull, 'w')        # None without a console
         if hasattr(stream, 'reconfigure'):

@@ -53,7 +53,8 @@ def read_tasks(config, source, tokenizer, c):
         return [dict(input=config['prompt']) if asked else {}] * (config['num_samples'] or 8)
 
     if asked not in ({'input'}, {'input_file'}):
-        raise UserError(f"{source} is a model with conditions; give --input or --input_file")
+        raise UserError(f"{source} is a model with conditions; give one by --input, or more by "
+                        "--input_file")
     rows = read_inputs(config['input_file']) if 'input_file' in asked else [config]
     tasks = [{k: row[k] for k in ('input', 'target') if k in row} for row in rows]
     for complaint in complaints([task['input'] for task in tasks], tokenizer, c):
@@ -69,9 +70,10 @@ def complaints(texts, tokenizer, c):
         yield (f"the model was not trained on {unknown[0]!r} and cannot read it "
                f"(in {len(unknown)} of {len(texts)} texts given)")
     longest = max(len(encode_given(text, tokenizer, c)) for text in texts)
+    longest -= bool(c.max_input_length)         # the EOS of a condition
     limit = c.max_input_length or c.max_length
     if longest > limit:
-        yield f"the longest text has {longest} tokens; the model reads {limit}"
+        yield f"the longest text has {longest} tokens; the model reads the first {limit}"
 
 
 def known_tokens(rows, c):

@@ -175,9 +175,10 @@ def test_a_full_disk(tmp_path):
 
 
 def test_lock(tmp_path, monkeypatch, capsys):
-    with lock(str(tmp_path)):
-        with pytest.raises(UserError, match='another run'):
-            lock(str(tmp_path))
+    held = lock(str(tmp_path))
+    with pytest.raises(UserError, match='another run'):
+        lock(str(tmp_path))
+    held.release()
     lock(str(tmp_path)).release()
     assert not capsys.readouterr().out
     for code in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):        # Lustre, NFS
@@ -187,8 +188,13 @@ def test_lock(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(fcntl, 'flock', no_locks)
         lock(str(tmp_path))
         assert 'no file locks here' in capsys.readouterr().out
+    monkeypatch.undo()
+    (tmp_path / 'another').mkdir()
+    (tmp_path / 'another' / 'lock').symlink_to(tmp_path / 'lock')
+    with pytest.raises(OSError, match='lock'):      # of another account, say: no reason to go on
+        lock(str(tmp_path / 'another'))
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match='cannot be written'):
+    with pytest.raises(NotADirectoryError, match='file'):        # one line, see one_line_errors
         lock(str(tmp_path / 'file' / 'out'))
 
 

@@ -67,7 +67,8 @@ def script(tmp_path, monkeypatch):
         exec(SCRIPT, g)
         streams = sys.stdout, sys.stderr        # these, too
         try:
-            return configure(g, list(args), given), g, given
+            monkeypatch.setattr(sys, 'argv', ['script.py', *args])
+            return configure(g, given), g, given
         finally:
             sys.stdout, sys.stderr = streams
     return run
@@ -227,7 +228,8 @@ def test_nanogpt_names_get_the_right_hint(monkeypatch):
         monkeypatch.setattr(sys, name, getattr(sys, name))
     for name, ours in dict(block_size='max_length', lr_decay_iters='max_iters').items():
         with pytest.raises(UserError, match=f'did you mean {ours}'):
-            configure(vars(train).copy(), [f'--{name}=1'])
+            monkeypatch.setattr(sys, 'argv', ['train.py', f'--{name}=1'])
+            configure(vars(train).copy())
 
 
 PRINTS = '''"""A script."""

@@ -150,7 +150,7 @@ def test_another_teacher_of_a_resumed_student_is_refused(run, tiny, tmp_path):
 
 
 @pytest.mark.parametrize('arg, says', [
-    ('--noise_scale=0.7', 'does not fit: noise_scale is 0.35 there, 0.7 with'),
+    ('--noise_scale=0.7', 'does not fit: noise_scale is 0.35 there, and 0.7 by'),
     ('--distill_substeps=0', 'distill_steps and distill_substeps are at least 1'),
     ('--init_from=scratch', 'a student starts from weights, for example --init_from=')])
 def test_a_teacher_that_cannot_teach_is_refused(run, tiny, tmp_path, arg, says):

@@ -225,7 +225,7 @@ def test_what_is_given_is_in_every_text(arg, text, run, folder, tmp_path):
     (['--prompt=中文'], "not trained on '中 文' and"),
     (['--prompt=a</s>b'], "not trained on '< / >' and"),
     (['--prompt=a\nb'], r"not trained on '.n' and"),
-    (['--prompt=abc___________'], '___.: the longest text has 14 tokens; the model reads 13$'),
+    (['--prompt=abc___________'], 'the longest text has 14 tokens; the model reads the first 13$'),
     (['--prompt=a', '--cfg=2'], 'cfg=2.0: this is a model without conditions'),
     (['--cfg=2'], 'cfg=2.0: this is a model without conditions; drop it')])
 def test_what_is_refused(args, says, run, folder, tmp_path):
@@ -234,11 +234,10 @@ def test_what_is_refused(args, says, run, folder, tmp_path):
     assert '\n' not in str(e.value) and not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize('args, says', [
-    (['--prompt=abc'], 'is a model with conditions; give --input or --input_file$'),
-    ([], 'is a model with conditions; give --input or --input_file$'),
-    (['--input=a', '--input_file=b'], 'is a model with conditions; give --input or --input_file$')])
-def test_what_a_model_with_conditions_refuses(args, says, run, folder, tmp_path):
+@pytest.mark.parametrize('args', [
+    ['--prompt=abc'], [], ['--input='], ['--input=a', '--input_file=b']])
+def test_what_a_model_with_conditions_refuses(args, run, folder, tmp_path):
+    says = 'is a model with conditions; give one by --input, or more by --input_file$'
     with pytest.raises(UserError, match=says) as e:
         run('sample.py', f'--init_from={folder}/tasks', f'--out_dir={tmp_path}', '--device=cpu',
             *args)
@@ -260,7 +259,7 @@ def test_a_file_of_conditions_and_targets(args, ids, run, folder, tmp_path):
     assert [(row['input'], row['target']) for row in rows] == [
         [('abcdef', 'x'), ('ü</s>', 7)][i] for i in ids]
     assert "the model was not trained on 'ü < / >' and cannot read it (in 1 of 2 texts" in out
-    assert 'the longest text has 7 tokens; the model reads 4\n' in out
+    assert 'the longest text has 6 tokens; the model reads the first 4\n' in out
     assert '--- 0: abcdef\n' in out and '\ntarget: x\n' in out
     assert len({row['generated'] for row in rows[::2]}) == len(rows[::2])       # not the same twice
 

@@ -24,7 +24,7 @@ from model import ELF, MODELS, ELFConfig
 from parts.checkpoint import save_checkpoint, where_to_start
 from parts.data import FILES, sha256, write_split
 from parts.device import pick_device, start
-from sample import SAMPLING, resolve_sampling
+from sample import resolve_sampling
 
 TRAIN = os.path.join(ROOT, 'train.py')
 
@@ -460,6 +460,12 @@ def test_where_to_start(tmp_path):
 TABLES = 'CHOICES', 'MAY_BE_0', 'AT_MOST_1', 'ABOVE_0', 'MAY_BE_NEGATIVE', 'READ_WITH'
 
 
+def words_in(file):
+    """The texts of one word in a file's code."""
+    tree = ast.parse(open(os.path.join(ROOT, file), encoding='utf-8').read())
+    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+
+
 def test_each_setting_has_one_default_and_is_read():
     """train.py's defaults are those of ELF-B, and no script has a setting that nothing reads."""
     model_settings = {f.name for f in fields(ELFConfig)}
@@ -482,8 +488,7 @@ def test_each_setting_has_one_default_and_is_read():
         # some are handed over all at once, and read by name
         read |= dict(zip(('train.py', 'eval.py', 'sample.py'), (
             model_settings | {'wandb_log', 'wandb_project'},
-            {*SAMPLING, 'compile'},
-            {'compile', 'input', 'input_file', 'prompt', 'num_samples'}))).get(script, set())
+            words_in('sample.py'), words_in('parts/prompt.py')))).get(script, set())
         assert settings_of(path).keys() <= read, script
 
 
