@@ -101,7 +101,7 @@ def test_bleu_rises_and_order_is_kept(run, toy, tmp_path):
     assert [(row['id'], row['input']) for row in texts[0]] == list(enumerate(inputs))
     said = run('sample.py', f'--out_dir={out}', f'--input={inputs[0]}', *on_cpu, '--trace=3')
     assert f"--- 0: {inputs[0]}\n{texts[0][0]['generated']}" in said and said.count('  t=') == 3
-    with pytest.raises(UserError, match='is a model with conditions; give --input'):
+    with pytest.raises(UserError, match='is a model with conditions; give one by --input'):
         run('sample.py', f'--out_dir={out}', '--num_samples=2')
     with pytest.raises(UserError, match='cannot read'):
         run('sample.py', f'--out_dir={out}', f'--input_file={tmp_path}/none.jsonl')
