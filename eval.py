@@ -60,7 +60,8 @@ data_dir = 'data'
 dataset = ''                # bins under data_dir: validation loss, real text beside the
                             # samples, training text for the n-gram judge
 num_samples = 1000
-batch_size = 16             # rows sampled at once; changes memory and speed, not the texts
+batch_size = 16             # rows sampled at once: memory and speed; the texts stay, but for a
+                            # word now and then in bfloat16
 steps = -1                  # forward passes per text, -1 = the checkpoint's default, as below
 sampler = ''                # 'ode', 'sde' or 'sde_exact', see sample.py; '' = the default
 gamma = -1.0                # of the SDE: how much is re-noised
@@ -74,7 +75,7 @@ judge = 'auto'              # causal LM (folder or hub id), 'ngram' (no download
 gpt2 = ''                   # GPT-2's merges.txt and vocab.json (folder or hub id): entropy and
                             # distinct-4 in its tokens, where no GPT-2 is the judge
 eval_iters = 10             # batches of the validation loss, 0 = none
-seed = 1337                 # text i depends on (seed, i) alone
+seed = 1337                 # what is random in text i comes from (seed, i) alone
 seeds = ''                  # several, such as 42,123,456: mean and standard error over them
 device = 'auto'             # 'cuda', 'mps', 'cpu', 'auto' = the first of these that is there
 dtype = 'auto'              # of sampling: 'float32' or 'bfloat16'; the judge is always float32

@@ -540,10 +540,12 @@ def make_set(folder, files, names, settings):
 
 def show(meta, tok, config):
     """Print what the user should have now, what was lost, what to run: config, '' = a small one."""
+    longest = 0         # condition
     for split in ('val', 'train'):
         ids, index = open_split(meta, split)
         print(f"{ids.filename}: {len(index):,} rows, {len(ids):,} tokens; it begins: "
               f"{tok.decode(ids[:40])!r}")
+        longest = max(longest, np.diff(index).max())
         unknown = np.mean(ids[:10_000_000] == tok.unk_token_id)
         if unknown > 0.01:
             print(f"  WARNING: {unknown:.1%} of the tokens are unknown, their text lost; "
@@ -552,7 +554,7 @@ def show(meta, tok, config):
     if not config:
         config = 'numbers' if meta['conditional'] else 'pydocs'
         options += [f'--out_dir=out/{name}', f"--max_length={meta['max_length']}",
-                    f'--max_input_length={np.diff(index).max()}']
+                    f'--max_input_length={longest}']
     print(f"next: python train.py config/{config}.py {shlex.join(options)}")
 
 

@@ -34,7 +34,8 @@ input_file = ''             # or many: a .jsonl with 'input' (or 'source') a lin
 prompt = ''                 # how each text starts, for a model without conditions: not trained on
                             # prompts, it is shown them as noisy as all else. "the ___ of": a hole,
                             # three or more underscores, is filled with a token for each of them
-batch_size = 16             # rows sampled at once; changes memory and speed, not the texts
+batch_size = 16             # rows sampled at once: memory and speed; the texts stay, but for a
+                            # word now and then in bfloat16
 steps = -1                  # forward passes per text, -1 = the checkpoint's default, as below
 sampler = ''                # 'ode'; 'sde' re-noises a little before each step, with less noise than
                             # belongs there, 'sde_exact' with as much; '' = the default
@@ -43,7 +44,7 @@ w = -1.0                    # self-conditioning guidance strength, trained on 0.
 cfg = -1.0                  # classifier-free guidance on the condition, 1 = off
 grid = ''                   # times: 'logit_normal' (random, as trained), 'quantile' (the same,
                             # without chance), 'uniform'
-seed = 1337                 # text i depends on (seed, i) alone, not on batch_size
+seed = 1337                 # what is random in text i comes from (seed, i) alone
 trace = 0                   # a line of the first text at each of this many moments
 html = ''                   # a page to write: the first 8 texts at 48 moments (or trace), a slider;
                             # each moment costs a pass more, of at most 8 rows

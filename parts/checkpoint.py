@@ -52,7 +52,7 @@ def lock(out_dir):
 @contextmanager
 def whole(path):
     """A name to write a file or folder under, that becomes path: whole or not at all. UserError."""
-    aside = path + '.tmp'
+    aside = path + '.unfinished'
     try:
         shutil.rmtree(aside, ignore_errors=True)        # of one that was killed
         yield aside

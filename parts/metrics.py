@@ -248,7 +248,7 @@ def make_judges(judge, gpt2, train, device):
         yield lambda texts, ids: count_ids(judge_ids(texts, encode))
 
 
-def measure(rows, judges, n=0):
+def measure(rows, judges, n):
     """
     All metrics of one line of the table -> dict. Texts with targets are held against these; of
     others variety counts: entropy_own is over the ids given, mean over the texts that are not

@@ -80,6 +80,5 @@ def plot_sweep(file, rows, real, names):
         axis.axvline(real[x], color='gold')
         axis.plot(real[x], real[y], '*', markersize=16, color='gold', label='real text')
     axis.set(xlabel=AXES[x], ylabel=AXES[y], title=f"beside the points: {last}")
-    axis.grid()
     fig.legend(loc='outside right upper')
     fig.savefig(file)

@@ -85,7 +85,7 @@ def test_ngram_is_a_distribution():
 
 def test_ngram_judge_learns_characters_and_tokens(bins):
     train = list(read_split(open_bins(str(bins), 'tiny'), 'train', 999))
-    row = measure([dict(generated='ab', ids=[4, 5])], make_judges('ngram', '', train, 'cpu'))
+    row = measure([dict(generated='ab', ids=[4, 5])], make_judges('ngram', '', train, 'cpu'), 0)
     assert len(train) == 96
     of_tokens = train_ngram([tuple(text['ids']) for text in train], n=3)
     of_chars = train_ngram([text['generated'] for text in train])
@@ -126,11 +126,11 @@ def test_exact():
     refs = ['four', 'four one', 'four one', 'four two', 'one two', 'two']
     assert exact_match(hyps, refs) == 0.5
     rows = [dict(generated=h, target=r, ids=h.split()) for h, r in zip(hyps, refs)]
-    got = measure(rows, [])
+    got = measure(rows, [], 0)
     assert got['exact'] == 0.5 and got['exact_stderr'] == pytest.approx(math.sqrt(0.25 / 6))
     # three miss: "four two" at word 2, "four two three" at 3 and longer, "one" at 2 and shorter
     assert (got['length'], got['first_wrong']) == (pytest.approx(2 / 3), 2)
-    assert measure(rows[:1], [])['exact_stderr'] == 0
+    assert measure(rows[:1], [], 0)['exact_stderr'] == 0
     # no pairs of words: nothing for ROUGE-2 to count, as --help says
     assert rouge(['seven'], ['seven']) == dict(rouge1=100, rouge2=0, rougeL=100)
 

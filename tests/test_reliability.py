@@ -121,7 +121,7 @@ def test_killed_at_random_moments(run, tiny, tmp_path, rounds):
     rng, kills, in_a_save = random.Random(0), 0, 0
 
     def saves():
-        return (out / 'ckpt.pt.tmp').exists()
+        return (out / 'ckpt.pt.unfinished').exists()
 
     while kills < rounds or in_a_save < max(1, rounds // 4):
         written = lines(out)
