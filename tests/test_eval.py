@@ -188,7 +188,7 @@ def test_entropy_in_gpt2s_tokens_without_gpt2(evaluate, tmp_path):
 
 def test_targets_go_by_id(tmp_path):
     texts, pairs = tmp_path / 'texts.jsonl', tmp_path / 'pairs.jsonl'
-    texts.write_text('{"id": 1, "text": "a"}\n{"id": 0, "text": "b"}\n{"text": "c"}\n')
+    texts.write_text('{"id": 1, "text": "a"}\n{"id": "0", "text": "b"}\n{"text": "c"}\n')
     pairs.write_text(''.join(f'{{"input": "", "output": "{t}"}}\n' for t in 'xyz'))
     rows = read_samples(str(texts), str(pairs))
     assert [row['target'] for row in rows] == ['y', 'x', 'z']

@@ -281,6 +281,12 @@ def test_what_t5_takes_for_an_end_is_left_out(make, tmp_path, pack):
     assert 'an old price of' in texts_of(meta, 'train')[0]
 
 
+def test_a_pad_token_that_is_a_word_stays_in_texts():
+    tokenizer = train_tokenizer(['ab cd'], 'chars', 0)
+    tokenizer.pad_token = 'b'
+    assert packed(['ab cd'], tokenizer, 50, 'words') == ['ab cd']
+
+
 def test_a_text_that_begins_with_an_end_keeps_its_first_word(tok):
     """Of a tokenizer that cannot spell its EOS, and puts nothing in front of a text."""
     tokenizer = train_tokenizer(['ab cd'], 'chars', 0)

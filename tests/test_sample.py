@@ -8,13 +8,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import command
+from conftest import ROOT, command
 from test_model import golden, official, small  # noqa: F401, official is a fixture
 
 from configurator import UserError
@@ -189,6 +190,22 @@ def test_blocks_in_bfloat16_give_what_autocast_gives(official, compiled):  # noq
     assert in_bfloat16 == {f'blocks.{i}.{layer}.{kind}' for i in range(len(model.blocks))
                            for layer in ('attn.qkv', 'attn.proj', 'mlp.w12', 'mlp.w3')
                            for kind in ('weight', 'bias')}
+
+
+def test_onednn_may_be_held_to_less_than_the_cpu_has():
+    """As docs/experiments.md does; on a CPU without bfloat16 there is nothing to hold."""
+    script = '''
+import torch
+from model import ELF, ELFConfig
+from parts.device import cast_blocks
+model = ELF(ELFConfig(n_layer=1, n_embd=32, n_head=2, latent_dim=8, bottleneck=4, vocab_size=30))
+cast_blocks(model, False)
+with torch.autocast('cpu', torch.bfloat16):
+    model.denoise(torch.ones(1, 4, 8), torch.ones(1, 4, 8), torch.ones(1), torch.ones(1))
+'''
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | dict(ONEDNN_MAX_CPU_ISA='AVX2'))
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize('bf16', [False, True])
