@@ -60,8 +60,7 @@ data_dir = 'data'
 dataset = ''                # bins under data_dir: validation loss, real text beside the
                             # samples, training text for the n-gram judge
 num_samples = 1000
-batch_size = 16             # rows sampled at once: memory and speed; the texts stay, but for a
-                            # word now and then in bfloat16
+batch_size = 16             # rows sampled at once; changes no text in float32, few in bfloat16
 steps = -1                  # forward passes per text, -1 = the checkpoint's default, as below
 sampler = ''                # 'ode', 'sde' or 'sde_exact', see sample.py; '' = the default
 gamma = -1.0                # of the SDE: how much is re-noised
@@ -202,7 +201,8 @@ def combinations(text, settings):
 
 def open_model(meta, conditions, config, device, bf16):
     """-> model, its text encoder if it may be needed. UserError if it does not fit the data."""
-    source, model = config['init_from'] or config['out_dir'], load_model(config, device, bf16)
+    source = config['init_from'] or config['out_dir']
+    model = load_model(config, device, bf16)
     c, encoder = model.config, None
     if meta:
         check_fit(meta, c, source)

@@ -34,8 +34,7 @@ input_file = ''             # or many: a .jsonl with 'input' (or 'source') a lin
 prompt = ''                 # how each text starts, for a model without conditions: not trained on
                             # prompts, it is shown them as noisy as all else. "the ___ of": a hole,
                             # three or more underscores, is filled with a token for each of them
-batch_size = 16             # rows sampled at once: memory and speed; the texts stay, but for a
-                            # word now and then in bfloat16
+batch_size = 16             # rows sampled at once; changes no text in float32, few in bfloat16
 steps = -1                  # forward passes per text, -1 = the checkpoint's default, as below
 sampler = ''                # 'ode'; 'sde' re-noises a little before each step, with less noise than
                             # belongs there, 'sde_exact' with as much; '' = the default
@@ -96,7 +95,8 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
     times = times.to(z).expand(B, -1)[..., None, None]                          # (B, steps+1, 1, 1)
     steps = times.shape[1] - 1
     if cond is None:
-        cond, cond_mask = z, torch.zeros_like(z[..., 0])
+        cond = z        # nowhere taken
+        cond_mask = torch.zeros_like(z[..., 0])
     known = cond_mask.bool()[..., None]                                                  # (B, T, 1)
     w = z.new_full((B,), w)
     z = torch.where(known, cond, z)
@@ -269,7 +269,8 @@ if __name__ == '__main__':
     print(', '.join(f'{name}: {value}' for name, value in facts.items()))
 
     # ---- sample: what is done is in the file at once ---------------------------------------------
-    frames, file = [], f'{out_dir}/samples.jsonl'
+    frames = []
+    file = f'{out_dir}/samples.jsonl'
     watched = moments(sampling['steps'], trace or (48 if html else 0))
 
     def take_frame(numbers, given, i, t, z):
@@ -288,6 +289,6 @@ if __name__ == '__main__':
     # ---- show ------------------------------------------------------------------------------------
     for row in rows:
         print(f"--- {row['id']}: {printable(row.get('input', ''))}")
-        print(printable(row['generated'], but='\n'))
+        print(*map(printable, row['generated'].split('\n')), sep='\n')
         if 'target' in row:
             print(f"target: {printable(str(row['target']))}")

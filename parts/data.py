@@ -229,9 +229,9 @@ def cut_at_eos(ids, eos):
     return ids[:ids.index(eos)] if eos in ids else ids
 
 
-def printable(text, but=''):
-    """For the terminal: without control characters, which could move the cursor, but this one."""
-    return ''.join(ch if ch.isprintable() or ch == but else ' ' for ch in text)
+def printable(text):
+    """For the terminal: one line, without control characters, which could move the cursor."""
+    return ''.join(ch if ch.isprintable() else ' ' for ch in text)
 
 
 def read_lines(file):

@@ -50,7 +50,8 @@ def pd_target(teacher, z, times, w, x_prev, cond=None, cond_mask=None):
     clean latents that are held. A step without length has the teacher's last guess as its target.
     """
     if cond is None:
-        cond, cond_mask = z, torch.zeros_like(z[..., 0])
+        cond = z        # nowhere taken
+        cond_mask = torch.zeros_like(z[..., 0])
     keep = cond_mask.bool()[..., None]                                              # (B, T, 1)
     stops = times[..., None, None].unbind(dim=1)                                    # (B, 1, 1) each
     z_end = z

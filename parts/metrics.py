@@ -80,7 +80,8 @@ def rouge(hyps, refs):
     pairs of words: its ROUGE-2 is 0 even where they are equal.
     """
     from rouge_score import rouge_scorer
-    kinds, tokenizer = ('rouge1', 'rouge2', 'rougeL'), None
+    kinds = ('rouge1', 'rouge2', 'rougeL')
+    tokenizer = None
     if mean([x.isascii() for x in ''.join(refs) if x.isalpha()]) < 0.5:
         tokenizer = SimpleNamespace(
             tokenize=lambda text: regex.findall(r'[\p{L}\p{M}\p{N}]+', apart(text.lower())))

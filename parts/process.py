@@ -44,8 +44,9 @@ def one_line_errors(kind, error, traceback):
         return print("\ninterrupted", file=sys.stderr)
     if 'out of memory' in text or "can't allocate memory" in text:
         text = text[:200] + "; lower batch_size or sizes, or set --gradient_checkpointing=true"
-    # of the system: a full disk, no right; of a package that is not installed
-    elif not issubclass(kind, (UserError, OSError, ImportError)):
+    elif issubclass(kind, ImportError):
+        text += "; pip install it, or what requirements.txt has"
+    elif not issubclass(kind, (UserError, OSError)):        # of the system: a full disk, no right
         return sys.__excepthook__(kind, error, traceback)
     if rank_and_world()[0]:
         # all ranks find the same mistake: torchrun ends this one when the first has said it
