@@ -55,7 +55,8 @@ def timed(f, warm=1):
 
 def make_step(model, encoder, ctx):
     """A step of train.py's loop, as a function."""
-    c, params = model.config, list(model.parameters())
+    c = model.config
+    params = list(model.parameters())
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = make_optimizer(model.named_parameters(), 1e-4, getattr(torch, ns_dtype))
     tokens = torch.randint(3, c.vocab_size, (batch_size, max_length))
@@ -95,7 +96,8 @@ def bench_train(step, tflop, warm):
 
 def bench_sample(model, ctx):
     """Four steps of the sampler, all cost the same, and the decoding."""
-    c, B = model.config, sample_batch_size
+    c = model.config
+    B = sample_batch_size
     z = c.noise_scale * torch.randn(B, sample_length, c.latent_dim, device=device)
     with ctx:
         four_ms, first_s = timed(lambda: generate(model, z, time_grid(4, 'quantile', c)))
@@ -108,7 +110,8 @@ def bench_sample(model, ctx):
 if __name__ == '__main__':
     config = configure(globals())
     device, bf16, about = start(device, dtype)
-    ctx, c = autocast(device, bf16), MODELS[size]
+    ctx = autocast(device, bf16)
+    c = MODELS[size]
     torch.manual_seed(0)
     model = ELF(c).to(device)
     with tempfile.TemporaryDirectory() as folder:       # t5-small's shape: nothing is downloaded

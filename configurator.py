@@ -46,7 +46,8 @@ def check_value(g, name, value, where):
     tables of LOWEST, where g has them, say the ranges. The default is always allowed.
     """
     default, _ = settings_of(g['__file__'])[name]
-    kind, shown = type(default), f"{where}: {name}={value!r}"
+    kind = type(default)
+    shown = f"{where}: {name}={value!r}"
     if isinstance(value, str) and where.startswith('--') and kind is not str:
         try:
             value = ast.literal_eval(value.capitalize())        # true, too
@@ -61,7 +62,8 @@ def check_value(g, name, value, where):
         raise UserError(f"{shown} is not one of {', '.join(map(repr, choices))}")
     if kind is str:
         return os.path.expanduser(value)
-    low, high = int(kind is int), 1 if name in g.get('AT_MOST_1', ()) else 1e15
+    low = int(kind is int)
+    high = 1 if name in g.get('AT_MOST_1', ()) else 1e15
     for table, lowest in LOWEST.items():
         if name in g.get(table, ()):
             low = lowest

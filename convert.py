@@ -47,7 +47,8 @@ def read_msgpack(path):
 def read_orbax(folder):
     """A folder of Orbax's -> as read_msgpack; only what is needed is read."""
     import tensorstore as ts
-    store, arrays = dict(driver='ocdbt', base=f'file://{os.path.realpath(folder)}/'), {}
+    store = dict(driver='ocdbt', base=f'file://{os.path.realpath(folder)}/')
+    arrays = {}
     for key in ts.KvStore.open(store).result().list().result():
         name, _, file = key.decode().rpartition('/')
         is_array = file in ('.zarray', 'zarr.json')

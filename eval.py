@@ -138,7 +138,8 @@ def describe_val(val):
 
 def write_few(model, encoder, meta, file, seed):
     """Four texts of a model in training to a JSONL file; the first of them shown."""
-    c, tasks = model.config, [{}] * 4
+    c = model.config
+    tasks = [{}] * 4
     if c.max_input_length:      # conditions of the bins, as there may be no val.jsonl
         tasks = list(read_split(meta, 'val', 4))
     rows = sample_texts(model, encoder, tasks, 4, seed, resolve_sampling(c), file)
@@ -153,7 +154,8 @@ def read_samples(file, input_file='', meta=None):
     else words) and perhaps 'target': its own, or that of the line of input_file with the number
     'id', by default its own line. UserError if it does not fit.
     """
-    rows, encode = read_inputs(file, 'generated', 'text'), str.split
+    rows = read_inputs(file, 'generated', 'text')
+    encode = str.split
     if meta:
         encode = partial(load_tokenizer(meta['tokenizer']).encode, add_special_tokens=False)
     for row in rows:
@@ -203,7 +205,8 @@ def open_model(meta, conditions, config, device, bf16):
     """-> model, its text encoder if it may be needed. UserError if it does not fit the data."""
     source = config['init_from'] or config['out_dir']
     model = load_model(config, device, bf16)
-    c, encoder = model.config, None
+    c = model.config
+    encoder = None
     if meta:
         check_fit(meta, c, source)
     if bool(c.max_input_length) != bool(conditions):
@@ -224,7 +227,8 @@ if __name__ == '__main__':
     meta = open_bins(data_dir, dataset) if dataset else {}
     texts, models, plan, real, train = [], {}, [], [], []
     if samples:
-        plan, texts = [(samples, None, {})], read_samples(samples, input_file, meta)
+        plan = [(samples, None, {})]
+        texts = read_samples(samples, input_file, meta)
     elif input_file or meta.get('conditional'):
         texts = read_inputs(input_file or f"{meta['dir']}/val.jsonl")[:num_samples]
     for settings in [] if samples else combinations(sweep, config):

@@ -97,7 +97,8 @@ KNOWN = {
 # --------------------------------------------------------------------------------------------------
 # a source: files of one kind, by split
 
-TABLES, TEXTS = ('parquet', 'arrow'), ('jsonl', 'json', 'csv', 'tsv', 'txt')
+TABLES = ('parquet', 'arrow')
+TEXTS = ('jsonl', 'json', 'csv', 'tsv', 'txt')
 KINDS = TABLES + TEXTS
 # what save_to_disk and the hub leave beside the data, and legal texts
 NO_CORPUS = re.compile(r'(.*/)?((dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow|'
@@ -260,7 +261,8 @@ def read_rows(file, names=()):
 def read_csv(file, delimiter):
     """The rows of a .csv or .tsv; not by pandas, to which "NA" is nothing."""
     csv.field_size_limit(1 << 30)
-    rows, line = csv.DictReader(read_lines(file), delimiter=delimiter, strict=True), 1
+    rows = csv.DictReader(read_lines(file), delimiter=delimiter, strict=True)
+    line = 1
     try:
         for row in rows:
             if None in row:

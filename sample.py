@@ -91,7 +91,8 @@ def generate(model, z, times, sampler='sde', gamma=1.5, w=3.0, cfg=1.0, cond=Non
     called with what each step starts from, and with the end.
     """
     assert sampler in SAMPLERS, f"sampler={sampler} is not one of {SAMPLERS}"
-    c, B = model.config, len(z)
+    c = model.config
+    B = len(z)
     times = times.to(z).expand(B, -1)[..., None, None]                          # (B, steps+1, 1, 1)
     steps = times.shape[1] - 1
     if cond is None:

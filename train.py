@@ -146,11 +146,13 @@ def get_lr(i):
 
 
 if __name__ == '__main__':
-    config, started = configure(globals()), time.monotonic()
+    config = configure(globals())
+    started = time.monotonic()
     rank, world = rank_and_world()
     check(world)
     device, bf16, about = start(device, dtype)
-    master, ctx = rank == 0, autocast(device, bf16)
+    master = rank == 0
+    ctx = autocast(device, bf16)
 
     # ---- data, and what follows from it ---------------------------------------------------------
     meta = open_bins(data_dir, dataset)

@@ -28,9 +28,12 @@ from parts.process import UserError, from_hub, one_line, rank_and_world
 # ours: whole or not at all
 
 def make_out_dir(out_dir):
-    """Make the folder, and sure, before hours of work, that it can be written to. OSError."""
-    os.makedirs(out_dir, exist_ok=True)
-    tempfile.TemporaryFile(dir=out_dir).close()
+    """Make the folder, and sure, before hours of work, that it can be written to. UserError."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()
+    except OSError as e:
+        raise UserError(f"the folder {out_dir!r} cannot be written: {e.strerror}") from None
 
 
 def lock(out_dir):
@@ -223,7 +226,8 @@ def carry(c, out_dir):
     it names them 'tokenizer' and 'encoder'; hub ids stay. UserError.
     """
     for part in PARTS:
-        source, copy = getattr(c, part), f'{out_dir}/{part}'
+        source = getattr(c, part)
+        copy = f'{out_dir}/{part}'
         if not os.path.isdir(source):
             continue
         if not os.path.exists(copy):        # else of the run that goes on: see check_resume

@@ -78,7 +78,8 @@ def finish_swap(folder):
 
 def check_bins(meta, config):
     """UserError if a run with these settings cannot train on these bins."""
-    length, input_length = config['max_length'], config['max_input_length']
+    length = config['max_length']
+    input_length = config['max_input_length']
     for part in ('encoder', 'tokenizer'):
         if config[part] not in ('', meta[part]):
             raise UserError(f"{meta['dir']} was made with {part} {meta[part]}, this run asks for "

@@ -26,7 +26,8 @@ def pick_device(device, dtype):
     except (RuntimeError, AssertionError):
         raise UserError(f"device={device!r} is not available here; --device=auto takes {best}"
                         ) from None
-    name, fast = 'GPU', False
+    name = 'GPU'
+    fast = False
     if found.type == 'cuda':
         name = torch.cuda.get_device_name(found)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -204,7 +204,8 @@ def gen_ppl(texts, judge, device='cpu'):
     encode = partial(tokenizer.encode, add_special_tokens=False, verbose=False)
     rows = judge_ids(texts, encode, limit)
     width = max(map(len, rows), default=0)
-    nll, tokens = 0.0, 0
+    nll = 0.0
+    tokens = 0
     # for what is sampled device.py may have allowed TF32, which is coarser
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest')
@@ -256,7 +257,8 @@ def measure(rows, judges, n):
     blank; n: texts that distinct_4 looks at, 0 = all. judges: functions of texts and their ids that
     give more metrics.
     """
-    texts, ids = [row['generated'] for row in rows], [row['ids'] for row in rows]
+    texts = [row['generated'] for row in rows]
+    ids = [row['ids'] for row in rows]
     full = [row['ids'] for row in rows if row['generated'].strip()]
     out = dict(texts=len(rows), empty=len(rows) - len(full), repetition=repetition(ids))
     for judge in judges:

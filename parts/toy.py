@@ -107,7 +107,8 @@ def neighbour_vectors(meta, dim, seed):
     pairs = torch.cat((after.T, after), dim=1).coalesce()
     counts, (token, beside) = pairs.values(), pairs.indices()       # each (pairs,)
     # the power keeps rare neighbours from ruling
-    often, often_beside = token.bincount(counts), beside.bincount(counts) ** 0.75
+    often = token.bincount(counts)
+    often_beside = beside.bincount(counts) ** 0.75
     chance = often[token] * often_beside[beside] / often_beside.sum()
     surprise = (counts / chance).log().clamp(0).float()
     surprise = torch.sparse_coo_tensor(pairs.indices(), surprise, pairs.shape)

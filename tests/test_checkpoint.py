@@ -194,7 +194,7 @@ def test_lock(tmp_path, monkeypatch, capsys):
     with pytest.raises(OSError, match='lock'):      # of another account, say: no reason to go on
         lock(str(tmp_path / 'another'))
     (tmp_path / 'file').write_text('')
-    with pytest.raises(NotADirectoryError, match='file'):        # one line, see one_line_errors
+    with pytest.raises(UserError, match='cannot be written'):
         lock(str(tmp_path / 'file' / 'out'))
 
 

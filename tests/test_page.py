@@ -24,6 +24,7 @@ from tokenizers import decoders
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from configurator import UserError
 from model import ELF, ELFConfig
 from parts.data import printable
 from parts.page import make_frame, moments, token_texts, write_page
@@ -288,7 +289,7 @@ def test_texts_of_no_token_and_one_frame(browse, tmp_path):
 
 def test_a_page_that_cannot_be_written(sampled, tmp_path):
     (tmp_path / 'a').write_text('')
-    with pytest.raises(NotADirectoryError, match='a/b'):        # one line, see one_line_errors
+    with pytest.raises(UserError, match='a/b. cannot be written'):
         sampled(f"--html={tmp_path / 'a' / 'b' / 'page.html'}")
     assert not (tmp_path / 'samples.jsonl').exists()
 
